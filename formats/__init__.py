@@ -1,0 +1,1 @@
+"""How bytes lie on disk: one module a container, none of which knows a model."""

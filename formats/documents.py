@@ -1,0 +1,107 @@
+"""Small files of a checkpoint: JSON documents read with care, and what travels along with the tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from registry.errors import CheckpointError
+from registry.storage import Opened, Request
+
+MANIFEST = "registry.json"
+HUB = "huggingface"
+_MAX_JSON = 256 << 20
+_MAX_DEPTH = 64
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+    return found
+
+
+def _depth(value: Any, left: int) -> None:
+    if left < 0:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(inner, dict | list):
+            _depth(inner, left - 1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError for a missing, huge or malformed file (NaN and duplicate keys included)."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON:
+            raise ValueError(f"{size} bytes are too many for a document")
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant, object_pairs_hook=_unique)
+        _depth(data, _MAX_DEPTH)
+    except FileNotFoundError:
+        raise CheckpointError("a file is missing", where=path, hint="copy the checkpoint again, whole") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError("not a readable JSON file", where=path, found=error) from None
+    if not isinstance(data, dict):
+        raise CheckpointError("a JSON object is expected", where=path, found=type(data).__name__)
+    return data
+
+
+def to_json(data: Mapping[str, Any]) -> bytes:
+    """A document as transformers writes it: two spaces, sorted keys, a newline at the end."""
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()
+
+
+def plain_name(name: object) -> bool:
+    """Is this the name of a file right inside a directory, and nothing cleverer?"""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name) < 256
+
+
+def side_files(directory: Path, leave: Iterable[str]) -> dict[str, Path]:
+    """The plain files of a directory that are not in `leave`: tokenizer, generation config and the like."""
+    left = set(leave)
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if path.name not in left and not path.name.startswith(".") and path.is_file() and not path.is_symlink()
+    }
+
+
+def read_carried(opened: Opened) -> None:
+    """Take up what this library left beside a checkpoint that is not HuggingFace's: config, side files, manifest."""
+    manifest = opened.path / MANIFEST
+    if manifest.is_file():
+        data = read_json(manifest)
+        architecture = data.get("architecture")
+        opened.architecture = architecture if isinstance(architecture, str) else None
+        opened.state["metadata"] = data.get("metadata")
+        if type(data.get("vocab_size")) is int:
+            opened.state["vocab_size"] = data["vocab_size"]
+    hub = opened.path / HUB
+    if hub.is_dir() and not hub.is_symlink():
+        opened.side_files = side_files(hub, ())
+        if "config.json" in opened.side_files:
+            opened.hub_config = read_json(opened.side_files["config.json"])
+
+
+def carry(request: Request, prefix: str = "") -> tuple[dict[str, bytes], dict[str, Path]]:
+    """What to leave beside such a checkpoint: (small files, files to copy), as `Laid` takes them."""
+    small = {f"{prefix}{MANIFEST}": request.manifest}
+    copies = {f"{prefix}{HUB}/{name}": path for name, path in request.side_files.items() if name != "config.json"}
+    place_config(request, f"{prefix}{HUB}/config.json", small, copies)
+    return small, copies
+
+
+def place_config(request: Request, name: str, small: dict[str, bytes], copies: dict[str, Path]) -> None:
+    """The HuggingFace config: the source's own file where nothing in it changed, so that it stays the same bytes."""
+    own = request.side_files.get("config.json")
+    if own is not None and read_json(own) == request.hub_config:
+        copies[name] = own
+    else:
+        small[name] = to_json(request.hub_config)

@@ -1,0 +1,170 @@
+"""A HuggingFace model directory: config.json, one safetensors file or several with an index, and side files.
+
+Source: transformers/modeling_utils.py (save_pretrained) and huggingface_hub's split of a state dict into shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from registry.errors import ArgumentError, CheckpointError
+from registry.storage import FilePlan, Laid, Opened, Piece, Request, Slot, slot_bytes
+
+from . import documents
+from .safetensors_file import layout, read_header
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|safetensors)$|.*\.(bin|safetensors)\.index\.json$")
+
+
+class Container:
+    """Opens and lays out HuggingFace directories."""
+
+    def detect(self, path: Path) -> bool:
+        """A directory with an index or a model.safetensors."""
+        return (path / INDEX).is_file() or (path / SINGLE).is_file()
+
+    def open(self, path: Path, spec_name: str) -> Opened:
+        """Read every header. Raises CheckpointError for whatever does not fit together."""
+        index = documents.read_json(path / INDEX) if (path / INDEX).is_file() else None
+        names = [SINGLE] if index is None else _indexed_files(path, index)
+        pieces: list[Piece] = []
+        metadata: dict[str, dict[str, str]] = {}
+        for i, name in enumerate(names):
+            if not (path / name).is_file():
+                raise CheckpointError(
+                    "a file that the index names is missing" if index else "a file is missing",
+                    where=path / name, hint="download it again; every shard is needed",
+                )  # fmt: skip
+            entries, metadata[name] = read_header(path / name)
+            pieces += [Piece(key, e.dtype, e.shape, i, e.begin) for key, e in entries.items()]
+        if index is not None:
+            _check_index(path, index, names, pieces)
+        config = documents.read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+        side = {n: p for n, p in documents.side_files(path, ()).items() if not _OTHER_WEIGHTS.match(n) or n == INDEX}
+        notes = [
+            f"left behind: {p.name}" for p in sorted(path.iterdir())
+            if p.name not in side and p.name not in names and not p.name.startswith(".")
+        ]  # fmt: skip
+        model_type = (config or {}).get("model_type")
+        return Opened(
+            path, spec_name, [path / name for name in names], pieces, config or {},
+            architecture=model_type if isinstance(model_type, str) else None, hub_config=config, side_files=side,
+            state={"metadata": metadata}, notes=notes,
+        )  # fmt: skip
+
+    def lay_out(self, request: Request) -> Laid:
+        """One file, or shards of at most `shard_size` bytes, or the source's own split where it is known."""
+        shards = _split(request)
+        carried = request.source.state.get("metadata") or {}
+        files, where = [], {}
+        for i, (name, slots) in enumerate(shards.items()):
+            metadata = carried.get(name) or next(iter(carried.values()), None) or {"format": "pt"}
+            head, entries, size = layout(((s.name, s.dtype, s.shape) for s in slots), metadata)
+            files.append(FilePlan(name, size, [(0, head)]))
+            where.update({key: (i, entry.begin) for key, entry in entries.items()})
+        small: dict[str, bytes] = {}
+        copies = {name: p for name, p in request.side_files.items() if name not in (CONFIG, INDEX)}
+        documents.place_config(request, CONFIG, small, copies)
+        if len(shards) > 1 or SINGLE not in shards:
+            _place_index(request, shards, small, copies)
+        return Laid(files, [where[slot.name] for slot in request.slots], small, copies)
+
+
+def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
+    weights = index.get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise CheckpointError("the index has no weight_map", where=path / INDEX, expected="tensor name -> file name")
+    bad = [name for name in weights.values() if not documents.plain_name(name)]
+    if bad:
+        raise CheckpointError(
+            "the index names a file outside its directory", where=path / INDEX, found=repr(bad[0]),
+            hint="do not use this checkpoint unless you trust where it comes from",
+        )  # fmt: skip
+    return sorted(set(weights.values()))
+
+
+def _check_index(path: Path, index: dict[str, Any], names: Sequence[str], pieces: Sequence[Piece]) -> None:
+    held: dict[str, str] = {}
+    for piece in pieces:
+        if piece.name in held:
+            files = f"{held[piece.name]} and {names[piece.file]}"
+            raise CheckpointError("two files hold the same tensor", where=path, found=f"{piece.name} in {files}")
+        held[piece.name] = names[piece.file]
+    details = [f"{t}: the index says {f}, which does not hold it" for t, f in index["weight_map"].items() if held.get(t) != f]
+    details += [f"{t}: in {f}, but not in the index" for t, f in held.items() if t not in index["weight_map"]]
+    if details:
+        raise CheckpointError(
+            "the index and the files disagree", where=path / INDEX, details=[*details[:10], *_more(details, 10)],
+            hint="download the directory again; index and shards must be of one version",
+        )  # fmt: skip
+    header = index.get("metadata")
+    total = header.get("total_size") if isinstance(header, dict) else None
+    found = sum(slot_bytes(piece) for piece in pieces)
+    if total is not None and total != found:
+        raise CheckpointError(
+            "the index's total_size is wrong", where=path / INDEX, expected=f"{total} bytes", found=f"{found} bytes",
+            hint="a shard is of another version; download the directory again",
+        )  # fmt: skip
+
+
+def _more(items: Sequence[str], shown: int) -> list[str]:
+    return [f"and {len(items) - shown} more"] if len(items) > shown else []
+
+
+def _shard_limit(text: object) -> int:
+    match = re.fullmatch(r"\s*(\d+)\s*([KMG]?I?B?)\s*", str(text).upper())
+    if not match or match[2] not in _UNITS or not int(match[1]):
+        raise ArgumentError("bad shard size", expected="a size such as 5GB or 500MiB", found=repr(text))
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _natural(slot: Slot) -> list[tuple[int, int, str]]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in slot.name.split(".")]
+
+
+def _split(request: Request) -> dict[str, list[Slot]]:
+    """File name -> its tensors."""
+    slots = sorted(request.slots, key=_natural)
+    chosen = request.options.get("shard_size")
+    index = request.side_files.get(INDEX)
+    if chosen is None and index is not None:
+        weights = documents.read_json(index).get("weight_map")
+        if isinstance(weights, dict) and weights.keys() == {slot.name for slot in slots}:
+            shards: dict[str, list[Slot]] = {name: [] for name in sorted(set(_indexed_files(index.parent, {"weight_map": weights})))}
+            for slot in slots:
+                shards[weights[slot.name]].append(slot)
+            return shards
+    limit = _shard_limit(chosen or "5GB")
+    groups: list[list[Slot]] = [[]]
+    filled = 0
+    for slot in slots:
+        size = slot_bytes(slot)
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(slot)
+        filled += size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _place_index(request: Request, shards: dict[str, list[Slot]], small: dict[str, bytes], copies: dict[str, Path]) -> None:
+    weights = {slot.name: name for name, slots in shards.items() for slot in slots}
+    total = sum(slot_bytes(slot) for slots in shards.values() for slot in slots)
+    old = request.side_files.get(INDEX)
+    if old is not None:
+        before = documents.read_json(old)
+        header = before.get("metadata")
+        if before.get("weight_map") == weights and isinstance(header, dict) and header.get("total_size") in (None, total):
+            copies[INDEX] = old
+            return
+    small[INDEX] = documents.to_json({"metadata": {"total_size": total}, "weight_map": weights})

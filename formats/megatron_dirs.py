@@ -1,0 +1,122 @@
+"""What both of Megatron's containers share: the tracker file, iteration directories, and the pickled arguments.
+
+Source: megatron/training/checkpointing.py (get_checkpoint_name, read_metadata, save_checkpoint).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from registry.dtypes import ITEMSIZE
+from registry.errors import CheckpointError
+from registry.parallel import Parallel
+from registry.storage import Request
+
+from .pickles import Call, Global, attributes
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CHECKPOINT_VERSION = 3.0
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_NAMESPACE = Global("argparse", "Namespace")
+
+
+def find(path: Path, is_checkpoint: Callable[[Path], bool]) -> Path | None:
+    """The checkpoint directory that `path` means: itself, or the one that its tracker file names.
+
+    Without a tracker a single iteration (or release) directory will do.
+    """
+    if is_checkpoint(path):
+        return path
+    tracker = path / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(errors="replace")[:64].strip()
+        if not (text == "release" or text.isdigit()):
+            raise CheckpointError(
+                "bad tracker file", where=tracker, expected="an iteration number or `release`", found=repr(text)
+            )
+        named = path / ("release" if text == "release" else f"iter_{int(text):07d}")
+        return named if is_checkpoint(named) else None
+    found = [p for p in sorted(path.iterdir()) if (p.name == "release" or _ITERATION.fullmatch(p.name)) and is_checkpoint(p)]
+    if len(found) > 1:
+        raise CheckpointError(
+            "several iterations and no tracker file", where=path, found=", ".join(p.name for p in found),
+            hint="name one of these directories",
+        )  # fmt: skip
+    return found[0] if found else None
+
+
+def directory(path: Path, is_checkpoint: Callable[[Path], bool], what: str) -> Path:
+    """As `find`. Raises CheckpointError where there is none."""
+    found = find(path, is_checkpoint)
+    if found is None:
+        raise CheckpointError(f"no {what} here", where=path, hint="name the directory that holds the tracker file, or iter_*")
+    return found
+
+
+def iteration(path: Path, state: Mapping[str, Any]) -> int | None:
+    """The training step: from the directory's name, or from the state; None for a release."""
+    match = _ITERATION.fullmatch(path.name)
+    if match:
+        return int(match[1])
+    value = state.get("iteration")
+    return value if path.name != "release" and type(value) is int and value > 0 else None
+
+
+def place(request: Request) -> str:
+    """Where below the target's root the checkpoint goes."""
+    return "release" if request.iteration is None else f"iter_{request.iteration:07d}"
+
+
+def tracker(request: Request) -> dict[str, bytes]:
+    """The tracker file that makes the checkpoint the latest."""
+    return {TRACKER: b"release" if request.iteration is None else str(request.iteration).encode()}
+
+
+def arguments(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The training arguments as a document."""
+    return attributes(state.get("args"))
+
+
+def parallel(args: Mapping[str, Any]) -> Parallel:
+    """The parallel layout that the arguments give. Sizes that are missing or absurd count as one."""
+
+    def size(*names: str) -> int:
+        value = next((args[name] for name in names if args.get(name) is not None), 1)
+        return value if type(value) is int and 1 <= value <= 1 << 20 else 1
+
+    return Parallel(
+        tp=size("tensor_model_parallel_size", "model_parallel_size"),
+        pp=size("pipeline_model_parallel_size"),
+        vpp=size("virtual_pipeline_model_parallel_size"),
+        ep=size("expert_model_parallel_size"),
+    )
+
+
+def common_state(request: Request) -> dict[str, Any]:
+    """The state that Megatron keeps beside the tensors, for a checkpoint of weights alone.
+
+    A layout of the pipeline that only its author could have meant is spelled as Megatron's own arguments spell it.
+    """
+    document = {name: _pickled(value) for name, value in request.document.items()}
+    document["rank"] = document["local_rank"] = 0
+    counts = request.parallel.layers
+    document["decoder_first_pipeline_num_layers"] = counts[0] if counts and len(set(counts)) > 1 else None
+    document["decoder_last_pipeline_num_layers"] = counts[-1] if counts and len(set(counts)) > 1 else None
+    document["pipeline_model_parallel_layout"] = None
+    state = {
+        "args": Call.__new__(_NAMESPACE),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": request.iteration or 0,
+    }
+    state["args"].state = document
+    return state
+
+
+def _pickled(value: Any) -> Any:
+    """Names of torch dtypes as the dtypes themselves."""
+    if isinstance(value, str) and value.startswith("torch.") and value.removeprefix("torch.") in ITEMSIZE:
+        return Global("torch", value.removeprefix("torch."))
+    return value

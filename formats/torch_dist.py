@@ -1,0 +1,288 @@
+"""Megatron-Core's torch_dist checkpoints: `.metadata`, `__{rank}_{n}.distcp`, and common state in either generation.
+
+A .distcp file is a row of items, each a whole torch.save archive; `.metadata` says which chunk of which tensor is where.
+Source: torch/distributed/checkpoint/{metadata,filesystem}.py, megatron/core/dist_checkpointing/strategies/torch.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from registry.dtypes import ITEMSIZE
+from registry.errors import CheckpointError
+from registry.storage import FilePlan, Laid, Opened, Piece, Request
+
+from . import documents, megatron_dirs, torchzip
+from .pickles import Call, Global, Size, attr, dumps, loads
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+_COMMON_ITEM = "common_state/shard_0_1"
+_MAX_METADATA = 4 << 30
+_DCP = "torch.distributed.checkpoint.metadata"
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / METADATA).is_file()
+
+
+class Container:
+    """Opens and lays out torch_dist directories."""
+
+    def detect(self, path: Path) -> bool:
+        """A directory with `.metadata`, or one whose tracker names such a directory."""
+        try:
+            return path.is_dir() and megatron_dirs.find(path, _is_checkpoint) is not None
+        except CheckpointError:
+            return False
+
+    def open(self, path: Path, spec_name: str) -> Opened:
+        """Read the metadata and the head of every item. Raises CheckpointError."""
+        path = megatron_dirs.directory(path, _is_checkpoint, "torch_dist checkpoint")
+        where = path / METADATA
+        if where.stat().st_size > _MAX_METADATA:
+            raise CheckpointError("metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes")
+        metadata = loads(where.read_bytes(), where=str(where))
+        stored = attr(metadata, "storage_data")
+        tensors = attr(metadata, "state_dict_metadata")
+        if not isinstance(stored, dict) or not isinstance(tensors, dict):
+            raise CheckpointError("not the metadata of a checkpoint", where=where)
+        items = _items(path, stored)
+        pieces, entries = _pieces(path, tensors, items)
+        state = _state(path, items)
+        arguments = megatron_dirs.arguments(state)
+        opened = Opened(
+            path, spec_name, [path / name for name in items.files], pieces, arguments,
+            parallel=megatron_dirs.parallel(arguments), iteration=megatron_dirs.iteration(path, state), entries=entries,
+        )  # fmt: skip
+        documents.read_carried(opened)
+        return opened
+
+    def lay_out(self, request: Request) -> Laid:
+        """One .distcp a rank that owns anything, in the form that megatron-core 0.16 and current releases both read."""
+        root = megatron_dirs.place(request)
+        writer = _Writer(request, root)
+        small, copies = documents.carry(request, f"{root}/")
+        small |= megatron_dirs.tracker(request)
+        small[f"{root}/{METADATA}"] = writer.metadata()
+        state = megatron_dirs.common_state(request) | {"content_metadata": {"singleton_local_shards": False}}
+        small[f"{root}/{COMMON}"] = _blob(torchzip.layout(state, prefix="common"))
+        small[f"{root}/metadata.json"] = (
+            b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1,'
+            b' "common_backend": "torch", "common_backend_version": 1}'
+        )
+        return Laid(writer.files, writer.places, small, copies, seal=writer.seal)
+
+
+class _Items:
+    """Where each item lies: (name, offsets or None) -> (file index, offset, length)."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.where: dict[tuple[str, tuple[int, ...] | None], tuple[int, int, int]] = {}
+
+
+def _whole_numbers(values: object) -> tuple[int, ...] | None:
+    if isinstance(values, tuple | list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values):
+        return tuple(values)
+    return None
+
+
+def _items(path: Path, stored: dict[Any, Any]) -> _Items:
+    items = _Items()
+    index: dict[str, int] = {}
+    sizes: list[int] = []
+    for key, info in stored.items():
+        name, at = attr(key, "fqn"), attr(key, "offset", None)
+        file = attr(info, "relative_path")
+        span = _whole_numbers((attr(info, "offset"), attr(info, "length")))
+        origin = None if at is None else _whole_numbers(at)
+        if not isinstance(name, str) or span is None or (at is not None and origin is None):
+            raise CheckpointError("bad entry in the metadata", where=path / METADATA, found=repr(name)[:200])
+        if attr(info, "transform_descriptors", None):
+            raise CheckpointError("items are stored compressed", where=path / METADATA, found=name, hint="save without it")
+        if file not in index:
+            if not documents.plain_name(file):
+                raise CheckpointError("the metadata names a file outside its directory", where=path / METADATA, found=repr(file))
+            if not (path / file).is_file():
+                raise CheckpointError("a file that the metadata names is missing", where=path / file, hint="copy it again")
+            index[file] = len(items.files)
+            items.files.append(file)
+            sizes.append((path / file).stat().st_size)
+        if span[0] + span[1] > sizes[index[file]]:
+            raise CheckpointError(
+                "a file is shorter than its metadata says", where=path / file,
+                expected=f"at least {span[0] + span[1]} bytes for {name}", found=f"{sizes[index[file]]} bytes",
+                hint="the file is truncated; copy it again",
+            )  # fmt: skip
+        items.where[name, origin] = (index[file], *span)
+    return items
+
+
+def _pieces(path: Path, tensors: dict[Any, Any], items: _Items) -> tuple[list[Piece], list[str]]:
+    pieces: list[Piece] = []
+    entries: list[str] = []
+    handles: dict[int, int] = {}
+    try:
+        for name, stored in tensors.items():
+            if not isinstance(stored, Call) or stored.func.name != "TensorStorageMetadata":
+                entries.append(str(name))
+                continue
+            size = _whole_numbers(attr(stored, "size"))
+            for chunk in attr(stored, "chunks"):
+                origin, shape = _whole_numbers(attr(chunk, "offsets")), _whole_numbers(attr(chunk, "sizes"))
+                if size is None or origin is None or shape is None or not len(size) == len(origin) == len(shape):
+                    raise CheckpointError("bad chunk in the metadata", where=path / METADATA, found=name)
+                pieces.append(_piece(path, str(name), size, origin, shape, items, handles))
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return pieces, entries
+
+
+def _piece(
+    path: Path, name: str, size: tuple[int, ...], origin: tuple[int, ...], shape: tuple[int, ...],
+    items: _Items, handles: dict[int, int],
+) -> Piece:  # fmt: skip
+    if any(o + n > whole for o, n, whole in zip(origin, shape, size, strict=True)):
+        raise CheckpointError("a chunk leaves its tensor", where=path / METADATA, found=f"{name}: {origin} + {shape} in {size}")
+    try:
+        file, offset, length = items.where[name, origin]
+    except KeyError:
+        raise CheckpointError(
+            "the metadata does not say where a chunk lies", where=path / METADATA, found=f"{name} at {origin}"
+        ) from None
+    if file not in handles:
+        if len(handles) > 128:
+            os.close(handles.pop(next(iter(handles))))
+        handles[file] = os.open(path / items.files[file], os.O_RDONLY | os.O_CLOEXEC)
+    ref = torchzip.probe_tensor(handles[file], offset, length, str(path / items.files[file]))
+    if ref.shape != shape:
+        raise CheckpointError(
+            "an item disagrees with the metadata", where=path / items.files[file],
+            expected=f"{name} {shape}", found=ref.shape, hint="the checkpoint mixes files of several saves",
+        )  # fmt: skip
+    strides = None if ref.is_contiguous else ref.stride
+    return Piece(name, ref.dtype, shape, file, ref.offset, None, origin, size, strides)
+
+
+def _state(path: Path, items: _Items) -> dict[str, Any]:
+    """The common state, of the generation with common.pt or the one with an object among the items."""
+    common: object = {}
+    if (path / COMMON).is_file():
+        common = torchzip.read(path / COMMON, where=str(path / COMMON)).load()
+    elif (_COMMON_ITEM, None) in items.where:
+        file, offset, length = items.where[_COMMON_ITEM, None]
+        where = str(path / items.files[file])
+        loaded = torchzip.read(where, base=offset, length=length, where=where).load()
+        common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
+    if not isinstance(common, dict):
+        raise CheckpointError("the common state is no dictionary", where=path, found=type(common).__name__)
+    return common
+
+
+def _blob(skeleton: torchzip.Skeleton) -> bytes:
+    data = bytearray(skeleton.size)
+    for offset, literal in skeleton.literals:
+        data[offset : offset + len(literal)] = literal
+    return bytes(data)
+
+
+class _Writer:
+    """Lays the items out, rank by rank: objects first, then tensors, as torch's own writer does."""
+
+    def __init__(self, request: Request, root: str) -> None:
+        self.request = request
+        self.files: list[FilePlan] = []
+        self.places = [(0, 0)] * len(request.slots)
+        self.bases = [0] * len(request.slots)
+        self.skeletons: list[torchzip.Skeleton] = [torchzip.tensor_item(s.dtype, s.shape) for s in request.slots]
+        self.stored: dict[Call, Call] = {}
+        self.tensors: dict[str, Any] = {}
+        payload = [None] if request.options.get("transformer_impl") != "transformer_engine" else [
+            torchzip.NewTensor("uint8", (0,))
+        ]  # fmt: skip
+        self.empty = _blob(torchzip.layout(payload))
+        by_rank: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        p = request.parallel
+        for kind, things in enumerate((request.objects, request.slots)):
+            for i, thing in enumerate(things):
+                number = (thing.rank.pp * p.ep + thing.rank.ep) * p.tp + thing.rank.tp
+                by_rank[number][kind].append(i)
+        for number in sorted(by_rank):
+            self.rank_file(f"{root}/__{number}_0.distcp", *by_rank[number])
+
+    def rank_file(self, path: str, objects: Sequence[int], slots: Sequence[int]) -> None:
+        cursor = 0
+        literals: list[tuple[int, bytes]] = []
+        name = Path(path).name
+        for i in objects:
+            slot = self.request.objects[i]
+            origin, whole = (slot.origin, slot.whole) if slot.whole else ((0,), (1,))
+            key = f"{slot.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
+            literals.append((cursor, self.empty))
+            self.tensors[key] = _node("BytesStorageMetadata", {})
+            self.stored[_index(key, None)] = _info(name, cursor, len(self.empty))
+            cursor += len(self.empty)
+        for i in slots:
+            slot, skeleton = self.request.slots[i], self.skeletons[i]
+            at = next((offset for _, offset in skeleton.tensors), 0)
+            literals += [(cursor + offset, data) for offset, data in skeleton.literals]
+            self.places[i], self.bases[i] = (len(self.files), cursor + at), cursor
+            self.chunk(i, name, cursor, skeleton.size)
+            cursor += skeleton.size
+        self.files.append(FilePlan(path, cursor, literals))
+
+    def chunk(self, i: int, file: str, offset: int, length: int) -> None:
+        slot = self.request.slots[i]
+        origin = slot.origin if slot.origin is not None else (0,) * len(slot.shape)
+        whole = slot.whole if slot.whole is not None else slot.shape
+        if slot.name not in self.tensors:
+            self.tensors[slot.name] = _node(
+                "TensorStorageMetadata", {"properties": _properties(slot.dtype), "size": Size(whole), "chunks": []}
+            )
+        entry = _node("ChunkStorageMetadata", {"offsets": Size(origin), "sizes": Size(slot.shape)})
+        self.tensors[slot.name].state["chunks"].append(entry)
+        self.stored[_index(slot.name, Size(origin))] = _info(file, offset, length)
+
+    def metadata(self) -> bytes:
+        """The `.metadata` file: what torch's FileSystemReader unpickles."""
+        state = {
+            "state_dict_metadata": self.tensors, "planner_data": None, "storage_data": self.stored,
+            "storage_meta": None, "version": "1.0.0",
+        }  # fmt: skip
+        return dumps(_node("Metadata", state), protocol=2)
+
+    def seal(self, crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
+        """The CRC32 fields of every item's archive."""
+        patches = []
+        for i, crc in enumerate(crcs):
+            if ITEMSIZE[self.request.slots[i].dtype]:
+                file, base = self.places[i][0], self.bases[i]
+                patches += [(file, base + at, data) for at, data in self.skeletons[i].crc_patches({0: crc})]
+        return patches
+
+
+def _node(name: str, state: dict[str, Any], module: str = _DCP) -> Call:
+    return Global(module, name).new(state=state)
+
+
+def _index(name: str, offset: Size | None) -> Call:
+    return _node("MetadataIndex", {"fqn": name, "offset": offset, "index": None})
+
+
+def _info(file: str, offset: int, length: int) -> Call:
+    return _node("_StorageInfo", {"relative_path": file, "offset": offset, "length": length}, "torch.distributed.checkpoint.filesystem")
+
+
+def _properties(dtype: str) -> Call:
+    layout = Global("torch.serialization", "_get_layout").call("torch.strided")
+    memory = Global(_DCP, "_MEM_FORMAT_ENCODING").call(0)
+    state = (Global("torch", dtype), layout, False, memory, False)
+    return Global(_DCP, "TensorProperties").new(state=state)
+
+

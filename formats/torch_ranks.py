@@ -1,0 +1,176 @@
+"""Megatron's per-rank checkpoints: mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt, a torch.save archive for every rank.
+
+Source: megatron/training/checkpointing.py (get_checkpoint_name, generate_state_dict).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from registry.errors import CheckpointError
+from registry.parallel import Parallel
+from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
+
+from . import documents, megatron_dirs, torchzip
+
+FILE = "model_optim_rng.pt"
+_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and any(_DIRECTORY.fullmatch(p.name) and (p / FILE).is_file() for p in path.glob("mp_rank_*"))
+
+
+class Container:
+    """Opens and lays out per-rank directories."""
+
+    def detect(self, path: Path) -> bool:
+        """A directory of mp_rank_* directories, or one whose tracker names such a directory."""
+        try:
+            return path.is_dir() and megatron_dirs.find(path, _is_checkpoint) is not None
+        except CheckpointError:
+            return False
+
+    def open(self, path: Path, spec_name: str) -> Opened:
+        """Read the pickle of every rank's file; tensors stay where they are. Raises CheckpointError."""
+        path = megatron_dirs.directory(path, _is_checkpoint, "per-rank Megatron checkpoint")
+        found = {m: p for p in sorted(path.glob("mp_rank_*")) if (m := _DIRECTORY.fullmatch(p.name)) and (p / FILE).is_file()}
+        states = {p: _load(p / FILE) for p in found.values()}
+        first = next(iter(states.values()))
+        arguments = megatron_dirs.arguments(first)
+        parallel = megatron_dirs.parallel(arguments)
+        ranks = {p: _rank(m, parallel, path) for m, p in found.items()}
+        parallel = _check_ranks(path, parallel, set(ranks.values()))
+        pieces: list[Piece] = []
+        entries: list[str] = []
+        for i, (directory, state) in enumerate(states.items()):
+            _read_model(directory / FILE, state, i, ranks[directory], pieces, entries)
+        opened = Opened(
+            path, spec_name, [p / FILE for p in states], pieces, arguments, parallel=parallel,
+            iteration=megatron_dirs.iteration(path, first), entries=sorted(set(entries)),
+        )  # fmt: skip
+        documents.read_carried(opened)
+        return opened
+
+    def lay_out(self, request: Request) -> Laid:
+        """One archive a rank, the model under `model`, or under `model0`, `model1`, ... with virtual stages."""
+        root = megatron_dirs.place(request)
+        members: dict[Rank, list[int]] = defaultdict(list)
+        objects: dict[Rank, list[str]] = defaultdict(list)
+        for i, slot in enumerate(request.slots):
+            members[slot.rank._replace(vpp=0)].append(i)
+        for entry in request.objects:
+            objects[entry.rank._replace(vpp=0)].append(entry.name)
+        files: list[FilePlan] = []
+        skeletons: list[tuple[torchzip.Skeleton, list[int]]] = []
+        places = [(0, 0)] * len(request.slots)
+        for rank in sorted(members):
+            skeleton, order = _archive(request, rank, members[rank])
+            for i, (_, offset) in zip(order, skeleton.tensors, strict=False):
+                places[i] = (len(files), offset)
+            path = f"{root}/{_name(rank, request.parallel)}/{FILE}"
+            files.append(FilePlan(path, skeleton.size, list(skeleton.literals)))
+            skeletons.append((skeleton, order))
+        small, copies = documents.carry(request, f"{root}/")
+        small |= megatron_dirs.tracker(request)
+
+        def seal(crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
+            return [
+                (file, at, data)
+                for file, (skeleton, order) in enumerate(skeletons)
+                for at, data in skeleton.crc_patches({k: crcs[i] for k, i in enumerate(order)})
+            ]
+
+        return Laid(files, places, small, copies, seal=seal)
+
+
+def _name(rank: Rank, parallel: Parallel) -> str:
+    pp = f"_{rank.pp:03d}" if parallel.pp > 1 else ""
+    ep = f"_{rank.ep:03d}" if parallel.ep > 1 else ""
+    return f"mp_rank_{rank.tp:02d}{pp}{ep}"
+
+
+def _archive(request: Request, rank: Rank, members: Sequence[int]) -> tuple[torchzip.Skeleton, list[int]]:
+    """The archive of one rank, and its slots in the order of the archive's tensors."""
+    chunks: dict[int, dict[str, Any]] = {vpp: {} for vpp in range(request.parallel.vpp)}
+    new: dict[int, torchzip.NewTensor] = {}
+    for i in members:
+        slot = request.slots[i]
+        new[i] = chunks[slot.rank.vpp][slot.name] = torchzip.NewTensor(slot.dtype, slot.shape)
+    engine = request.options.get("transformer_impl") == "transformer_engine"
+    for entry in request.objects:
+        if entry.rank._replace(vpp=0) == rank:
+            plain = entry.name.startswith("output_layer.") or not engine
+            chunks[entry.rank.vpp][entry.name] = None if plain else torchzip.NewTensor("uint8", (0,))
+    state = megatron_dirs.common_state(request)
+    for vpp, chunk in chunks.items():
+        state["model" if len(chunks) == 1 else f"model{vpp}"] = chunk
+    skeleton = torchzip.layout(state, prefix="model_optim_rng")
+    slot_of = {id(tensor): i for i, tensor in new.items()}
+    order = [slot_of[id(tensor)] for tensor, _ in skeleton.tensors if id(tensor) in slot_of]
+    return skeleton, order
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state = torchzip.read(path, where=str(path)).load()
+    if not isinstance(state, dict):
+        raise CheckpointError("the file holds no dictionary", where=path, found=type(state).__name__)
+    return state
+
+
+def _rank(match: re.Match[str], parallel: Parallel, path: Path) -> Rank:
+    """Which rank a directory name means: one suffix is the pipeline's or the experts', as the arguments decide."""
+    tp, second, third = int(match[1]), match[2], match[3]
+    if third is not None:
+        return Rank(tp=tp, pp=int(second), ep=int(third))
+    if second is None:
+        return Rank(tp=tp)
+    if parallel.pp > 1 and parallel.ep > 1:
+        raise CheckpointError(
+            "a directory name lacks the expert rank", where=path / match[0], expected="mp_rank_TT_PPP_EEE",
+            found=f"arguments with pp {parallel.pp} and ep {parallel.ep}",
+        )  # fmt: skip
+    return Rank(tp=tp, ep=int(second)) if parallel.ep > 1 else Rank(tp=tp, pp=int(second))
+
+
+def _check_ranks(path: Path, parallel: Parallel, ranks: set[Rank]) -> Parallel:
+    tp, pp, ep = (1 + max(getattr(rank, dim) for rank in ranks) for dim in ("tp", "pp", "ep"))
+    tp, pp, ep = max(tp, parallel.tp), max(pp, parallel.pp), max(ep, parallel.ep)
+    missing = {Rank(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep)} - ranks
+    if missing:
+        found = Parallel(tp=tp, pp=pp, ep=ep)
+        raise CheckpointError(
+            "files of some ranks are missing", where=path, expected=f"{tp * pp * ep} ranks ({found})",
+            found="without " + ", ".join(_name(rank, found) for rank in sorted(missing)[:8]),
+            hint="copy the files of every rank",
+        )  # fmt: skip
+    return Parallel(tp=tp, pp=pp, vpp=parallel.vpp, ep=ep)
+
+
+def _read_model(
+    path: Path, state: Mapping[str, Any], file: int, rank: Rank, pieces: list[Piece], entries: list[str]
+) -> None:
+    chunks = {int(match[1] or 0): model for key, model in state.items() if (match := re.fullmatch(r"model(\d*)", str(key)))}
+    if not chunks:
+        raise CheckpointError("the file holds no model", where=path, found=", ".join(map(str, state)))
+    for vpp, model in chunks.items():
+        if not isinstance(model, dict) or isinstance(model.get("language_model"), dict):
+            raise CheckpointError(
+                "a model from before megatron-core", where=path, expected="a flat dictionary of names to tensors",
+                hint="load and save it once with megatron-core 0.17 or earlier",
+            )  # fmt: skip
+        for name, value in model.items():
+            if isinstance(value, torchzip.TensorRef):
+                strides = None if value.is_contiguous else value.stride
+                pieces.append(
+                    Piece(str(name), value.dtype, value.shape, file, value.offset, rank._replace(vpp=vpp), strides=strides)
+                )
+            else:
+                entries.append(str(name))
+    entries += [f"optimizer ({key})" for key in ("optimizer", "opt_param_scheduler") if state.get(key) is not None]
+    entries += ["rng_state"] if state.get("rng_state") is not None else []
+    entries += ["optimizer (distrib_optim.pt)"] if path.with_name("distrib_optim.pt").exists() else []

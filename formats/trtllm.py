@@ -1,0 +1,77 @@
+"""TensorRT-LLM's unified checkpoint: config.json and one rank{N}.safetensors a rank, N = pp * tp_size + tp.
+
+Source: tensorrt_llm/models/modeling_utils.py (PretrainedModel.from_checkpoint) and mapping.py; context-parallel ranks
+share files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from registry.errors import CheckpointError
+from registry.parallel import Parallel
+from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
+
+from . import documents
+from .safetensors_file import layout, read_header
+
+CONFIG = "config.json"
+
+
+class Container:
+    """Opens and lays out TensorRT-LLM checkpoint directories."""
+
+    def detect(self, path: Path) -> bool:
+        """A config.json beside a rank0.safetensors."""
+        return (path / "rank0.safetensors").is_file() and (path / CONFIG).is_file()
+
+    def open(self, path: Path, spec_name: str) -> Opened:
+        """Read the config and every rank's header. Raises CheckpointError."""
+        config = documents.read_json(path / CONFIG)
+        tp, pp = (_size(path, config, key) for key in ("tp_size", "pp_size"))
+        expected = {f"rank{i}.safetensors" for i in range(tp * pp)}
+        found = {p.name for p in path.iterdir() if re.fullmatch(r"rank\d+\.safetensors", p.name)}
+        if expected != found:
+            raise CheckpointError(
+                "the rank files do not fit the config's mapping", where=path,
+                expected=f"{tp * pp} files for tp_size {tp} x pp_size {pp}",
+                found=f"missing {sorted(expected - found)}, extra {sorted(found - expected)}",
+                hint="copy the checkpoint again, whole",
+            )  # fmt: skip
+        pieces, files = [], []
+        for i in range(tp * pp):
+            files.append(path / f"rank{i}.safetensors")
+            entries, _ = read_header(files[-1])
+            rank = Rank(tp=i % tp, pp=i // tp)
+            pieces += [Piece(name, e.dtype, e.shape, i, e.begin, rank) for name, e in entries.items()]
+        opened = Opened(path, spec_name, files, pieces, config, parallel=Parallel(tp=tp, pp=pp))
+        documents.read_carried(opened)
+        return opened
+
+    def lay_out(self, request: Request) -> Laid:
+        """One file a rank."""
+        by_rank: dict[int, list[int]] = defaultdict(list)
+        for i, slot in enumerate(request.slots):
+            by_rank[slot.rank.pp * request.parallel.tp + slot.rank.tp].append(i)
+        files, places = [], [(0, 0)] * len(request.slots)
+        for number in range(request.parallel.tp * request.parallel.pp):
+            members = by_rank[number]
+            tensors = [(request.slots[i].name, request.slots[i].dtype, request.slots[i].shape) for i in members]
+            head, entries, size = layout(tensors, None)
+            for i in members:
+                places[i] = (number, entries[request.slots[i].name].begin)
+            files.append(FilePlan(f"rank{number}.safetensors", size, [(0, head)]))
+        small, copies = documents.carry(request)
+        small[CONFIG] = documents.to_json(request.document)
+        return Laid(files, places, small, copies)
+
+
+def _size(path: Path, config: dict[str, Any], key: str) -> int:
+    mapping = config.get("mapping")
+    value = mapping.get(key, 1) if isinstance(mapping, dict) else 1
+    if type(value) is not int or not 1 <= value <= 1 << 16:
+        raise CheckpointError("bad mapping", where=path / CONFIG, expected=f"{key} as a positive number", found=repr(value))
+    return value

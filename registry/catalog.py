@@ -1,0 +1,242 @@
+"""The catalog of formats, architectures, containers and codecs: what is installed, and what was registered at run time.
+
+Specs come from directories that the entry points `registry.mappings` name (each a package whose `architectures/` and
+`formats/` hold YAML files named after their specs) and from `register()`. Containers, the modules that know how bytes
+lie on disk, come from the entry points `registry.formats`. A spec is parsed when it is first asked for; the package that
+holds it is located, never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from registry.errors import SpecError
+
+if TYPE_CHECKING:
+    import torch
+
+    from registry.schema import ArchitectureSpec, FormatSpec
+    from registry.storage import Container
+
+KINDS = ("architecture", "format")
+MAX_SPEC_BYTES = 1 << 20
+
+
+@frozen
+class Codec:
+    """Element-wise storage coding: `decode(encode(x))` is x, or close to it where `lossy`."""
+
+    name: str
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+    lossy: bool = False
+
+
+_registered: dict[tuple[str, str], ArchitectureSpec | FormatSpec] = {}
+_containers: dict[str, Container] = {}
+_codecs: dict[str, Codec] = {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Parse one YAML file with plain types only; duplicate keys and aliases are errors."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                event = self.peek_event()
+                raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    if path.stat().st_size > MAX_SPEC_BYTES:
+        raise SpecError("spec file too large", where=path, expected=f"at most {MAX_SPEC_BYTES} bytes")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a subclass of SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SpecError("not a readable YAML file", where=path, found=error) from None
+    if not isinstance(data, dict):
+        raise SpecError("a spec file holds one mapping", where=path, found=type(data).__name__)
+    return data
+
+
+@cache
+def _directories() -> tuple[Path, ...]:
+    found = []
+    for point in entry_points(group="registry.mappings"):
+        located = importlib.util.find_spec(point.value.split(":")[0])
+        if located is None or not located.submodule_search_locations:
+            raise SpecError("an installed entry point names no package", where=f"registry.mappings: {point.value}")
+        found += [Path(p) for p in located.submodule_search_locations]
+    return tuple(found)
+
+
+@cache
+def _files(kind: str) -> dict[str, Path]:
+    """Name -> file of every installed spec of one kind. Two packages with the same name are an error."""
+    found: dict[str, Path] = {}
+    for directory in _directories():
+        for path in sorted((directory / f"{kind}s").glob("*.yaml")):
+            if path.stem in found:
+                raise SpecError(f"two {kind} specs are called {path.stem!r}", where=f"{found[path.stem]} and {path}")
+            found[path.stem] = path
+    return found
+
+
+def _merge(base: Any, change: Any) -> Any:
+    """`change` laid over `base`: mappings merge, null removes, everything else replaces."""
+    if not (isinstance(base, dict) and isinstance(change, dict)):
+        return change
+    merged = dict(base)
+    for key, value in change.items():
+        if value is None and key in merged:
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(merged.get(key), str) and "layout" not in value and key != "write":
+            merged[key] = {"layout": merged[key], **value}
+        else:
+            merged[key] = _merge(merged.get(key), value)
+    return merged
+
+
+def _resolve(data: Mapping[str, Any], where: object, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`data` with what its `extends` names laid below it."""
+    parent = data.get("extends")
+    if parent is None:
+        return dict(data)
+    kind = str(data.get("kind"))
+    if parent in seen:
+        raise SpecError("specs extend each other in a circle", where=where, found=" -> ".join((*seen, parent)))
+    if (kind, parent) in _registered:
+        base = _registered[kind, parent].model_dump()
+    elif kind in KINDS and parent in _files(kind):
+        base = _resolve(_read_yaml(_files(kind)[parent]), _files(kind)[parent], (*seen, parent))
+    else:
+        raise SpecError(f"extends an unknown {kind} {parent!r}", where=where)
+    return dict(_merge(base, {key: value for key, value in data.items() if key != "extends"}))
+
+
+def build(data: Mapping[str, Any], where: object) -> ArchitectureSpec | FormatSpec:
+    """Check a spec given as plain data. Raises SpecError listing every problem in the spec's own terms."""
+    from pydantic import ValidationError
+
+    from registry.schema import ArchitectureSpec, FormatSpec
+
+    models = {"architecture": ArchitectureSpec, "format": FormatSpec}
+    if data.get("kind") not in models:
+        raise SpecError("a spec says what it is", where=where, expected="kind: architecture or format", found=data.get("kind"))
+    try:
+        return models[data["kind"]].model_validate(_resolve(data, where))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(step) for step in problem['loc']) or data.get('name')}: "
+            + problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
+        ]
+        raise SpecError(f"the {data['kind']} spec {data.get('name')!r} is wrong", where=where, details=problems) from None
+
+
+@cache
+def _load(kind: str, name: str) -> ArchitectureSpec | FormatSpec:
+    path = _files(kind)[name]
+    spec = build(_read_yaml(path), path)
+    if (spec.kind, spec.name) != (kind, name):
+        raise SpecError("a spec file is named after its spec", where=path, found=f"{spec.kind} {spec.name!r}")
+    return spec
+
+
+def _find(kind: str, name: str) -> ArchitectureSpec | FormatSpec:
+    if (kind, name) in _registered:
+        return _registered[kind, name]
+    if name in _files(kind):
+        return _load(kind, name)
+    raise SpecError(f"unknown {kind} {name!r}", expected="one of " + ", ".join(names(kind)))
+
+
+def names(kind: str) -> list[str]:
+    """Every known name of one kind ("architecture" or "format"), sorted."""
+    return sorted({*_files(kind), *(name for k, name in _registered if k == kind)})
+
+
+def architecture(name: str) -> ArchitectureSpec:
+    """The architecture spec called `name` (a HuggingFace model_type). Raises SpecError."""
+    from registry.schema import ArchitectureSpec
+
+    spec = _find("architecture", name)
+    assert isinstance(spec, ArchitectureSpec)
+    return spec
+
+
+def format_spec(name: str) -> FormatSpec:
+    """The format spec called `name`. Raises SpecError."""
+    from registry.schema import FormatSpec
+
+    spec = _find("format", name)
+    assert isinstance(spec, FormatSpec)
+    return spec
+
+
+def register(spec: str | os.PathLike[str] | Mapping[str, Any] | ArchitectureSpec | FormatSpec) -> str:
+    """Add a spec for this process: a YAML file, plain data, or a spec model. Returns its name; a known name is replaced.
+
+    Raises SpecError listing everything that is wrong with it.
+    """
+    if isinstance(spec, str | os.PathLike):
+        path = Path(spec)
+        if not path.is_file():
+            raise SpecError("no such spec file", where=path)
+        built = build(_read_yaml(path), path)
+    elif isinstance(spec, Mapping):
+        built = build(spec, f"spec {spec.get('name')!r}")
+    else:
+        built = spec
+    codecs = {rule.codec for _, rule in built.rules() if rule.codec} - set(_codecs)
+    if codecs:
+        raise SpecError(f"the spec {built.name!r} names unknown codecs", found=sorted(codecs), hint="register_codec() first")
+    if built.kind == "format":
+        container(built.container)
+    _registered[built.kind, built.name] = built
+    return built.name
+
+
+def container(name: str) -> Container:
+    """The container module called `name`. Raises SpecError."""
+    if name not in _containers:
+        points = [point for point in entry_points(group="registry.formats") if point.name == name]
+        if not points:
+            known = sorted({*_containers, *(point.name for point in entry_points(group="registry.formats"))})
+            raise SpecError(f"unknown container {name!r}", expected="one of " + ", ".join(known))
+        if len(points) > 1:
+            raise SpecError(f"two installed packages bring a container {name!r}", found=[p.value for p in points])
+        _containers[name] = points[0].load()()
+    return _containers[name]
+
+
+def register_container(name: str, made: Container) -> None:
+    """Add a container for this process."""
+    _containers[name] = made
+
+
+def register_codec(codec: Codec) -> None:
+    """Add an element-wise codec that rules may name, for this process."""
+    _codecs[codec.name] = codec
+
+
+def codec(name: str) -> Codec:
+    """The codec called `name`. Raises SpecError."""
+    if name not in _codecs:
+        raise SpecError(f"unknown codec {name!r}", expected="one of " + (", ".join(sorted(_codecs)) or "none registered"))
+    return _codecs[name]

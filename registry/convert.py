@@ -1,0 +1,175 @@
+"""convert() and plan(): from one checkpoint to another, in one pass."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import asdict, field, frozen
+
+from registry.commit import check_target, staged, write_small
+from registry.dtypes import dtype_name
+from registry.execute import Progress, execute
+from registry.parallel import Parallel
+from registry.plan import Copies, Plan
+from registry.prepare import Prepared, lay_out, prepare
+from registry.source import PathLike, load, local_path
+
+if TYPE_CHECKING:
+    import torch
+
+
+@frozen
+class Report:
+    """What a conversion did, or would do."""
+
+    source: str
+    target: str | None
+    source_format: str
+    target_format: str
+    architecture: str
+    parallel: str
+    tensors: int
+    files: int
+    nbytes: int
+    copies: int
+    seconds: float
+    variants: dict[str, str] = field(factory=dict)
+    left_out: dict[str, str] = field(factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        speed = f", {self.nbytes / self.seconds / 1e9:.2f} GB/s" if self.seconds > 0 and self.target else ""
+        lines = [
+            f"{self.architecture}: {self.source_format} -> {self.target_format} ({self.parallel})",
+            f"  {self.tensors} tensors in {self.files} files, {self.nbytes / 1e6:.1f} MB, {self.seconds:.2f} s{speed}",
+        ]
+        lines += [f"  found {variant}: {choice}" for variant, choice in self.variants.items()]
+        reasons: dict[str, int] = {}
+        for reason in self.left_out.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        lines += [f"  left out {count} entries: {reason}" for reason, count in reasons.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _report(prepared: Prepared, target: Path | None, files: int, nbytes: int, seconds: float) -> Report:
+    source = prepared.source
+    names = {(slot.rank if prepared.spec.ranked else None, slot.name) for slot in prepared.target.slots}
+    return Report(
+        str(source.opened.path), None if target is None else str(target), source.spec.name, prepared.spec.name,
+        source.architecture.name, str(prepared.parallel), len(names), files, nbytes,
+        sum(len(c.source) for c in prepared.plan.copies), seconds, dict(source.bound.variants),
+        dict(source.bound.left_out), prepared.notes,
+    )  # fmt: skip
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    to: str,
+    parallel: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
+    config: PathLike | Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    durable: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert the checkpoint at `source` into format `to` at `target`, a directory.
+
+    `parallel` is the target's layout; `dtype` casts floating-point tensors; `config` is a HuggingFace directory, config
+    file or mapping for a source that carries none; `architecture` names the model family where several fit; `options`
+    are the target format's own. A target that is not empty is refused unless `overwrite`. `durable=False` leaves out
+    the syncing of files to the disk. `progress(done, total)` is called with bytes.
+
+    Raises RegistryError: CheckpointError and MappingError for the source, TargetError for the target, ArgumentError and
+    ParallelError for the arguments. Whatever happens, what was at `target` before stays or is replaced as a whole.
+    """
+    start = time.perf_counter()
+    goal = local_path(target)
+    check_target(local_path(source), goal, overwrite)
+    cast = None if dtype is None else dtype_name(dtype)
+    prepared = prepare(
+        load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
+    )
+    laid = lay_out(prepared, options, cast)
+    needed = sum(file.size for file in laid.files) + sum(len(data) for data in laid.small.values())
+    with staged(goal, needed=needed, durable=durable) as stage:
+        nbytes = write_small(stage, laid.small, laid.copies, durable=durable)
+        execute(
+            prepared.plan, prepared.source.opened, laid, prepared.target.slots, stage,
+            threads=threads, progress=progress, durable=durable,
+        )  # fmt: skip
+    files = len(laid.files) + len(laid.small) + len(laid.copies)
+    nbytes += sum(file.size for file in laid.files)
+    return _report(prepared, goal, files, nbytes, time.perf_counter() - start)
+
+
+@frozen(eq=False)
+class PlanReport:
+    """What a conversion would do. `report` sums it up; `copies()` lists every group of copies."""
+
+    report: Report
+    files: dict[str, int]
+    plan: Plan
+    prepared: Prepared
+
+    def copies(self) -> list[dict[str, Any]]:
+        """Each group of equal copies: the tensor, its box, and how many times it is repeated."""
+        return [_describe(copies) for copies in self.plan.copies]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**self.report.as_dict(), "file_sizes": self.files, "copy_groups": self.copies()}
+
+    def __str__(self) -> str:
+        lines = [str(self.report).replace(", 0.00 s", ""), *(f"  {size:>14} bytes  {name}" for name, size in self.files.items())]
+        return "\n".join(lines)
+
+
+def _describe(copies: Copies) -> dict[str, Any]:
+    values = copies.values
+    return {
+        "tensor": copies.tensor,
+        "box": list(copies.size),
+        "source_stride": list(copies.source_stride),
+        "target_stride": list(copies.target_stride),
+        "times": len(copies.source),
+        "source_dtype": values.source_dtype,
+        "target_dtype": values.target_dtype,
+        "plain": values.plain,
+    }
+
+
+def plan(
+    source: PathLike,
+    *,
+    to: str,
+    parallel: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
+    config: PathLike | Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> PlanReport:
+    """Plan a conversion without writing anything. Arguments and errors are those of `convert`."""
+    start = time.perf_counter()
+    cast = None if dtype is None else dtype_name(dtype)
+    prepared = prepare(
+        load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
+    )
+    laid = lay_out(prepared, options, cast)
+    files = {file.path: file.size for file in laid.files} | {name: len(data) for name, data in laid.small.items()}
+    files |= {name: os.stat(path).st_size for name, path in laid.copies.items()}
+    report = _report(prepared, None, len(files), sum(files.values()), time.perf_counter() - start)
+    return PlanReport(report, files, prepared.plan, prepared)

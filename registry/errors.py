@@ -1,0 +1,85 @@
+"""The one error hierarchy.
+
+Every error says what was expected, what was found, where, and what to do. Several problems of one kind are
+collected and raised together, so that a user mends them in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RegistryError(Exception):
+    """Base of everything this library raises on purpose.
+
+    `problem` is one line. `where` names the file, tensor or rule; `expected` and `found` what disagreed; `hint` what
+    to do next. `details` lists further problems of the same report.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        self.problem = problem
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        self.details = tuple(details)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        lines = [self.problem]
+        for label, value in (("where", self.where), ("expected", self.expected), ("found", self.found)):
+            if value is not None:
+                lines.append(f"  {label}: {value}")
+        lines += [f"  - {detail}" for detail in self.details]
+        if self.hint:
+            lines.append(f"  to do: {self.hint}")
+        return "\n".join(lines)
+
+
+class LayoutError(RegistryError):
+    """A layout string is wrong, or does not fit the axes and shapes it is used with."""
+
+
+class SpecError(RegistryError):
+    """An architecture or format spec is wrong, or names something that is not there."""
+
+
+class CheckpointError(RegistryError):
+    """A checkpoint on disk is corrupt, incomplete, hostile, or not what it claims to be."""
+
+
+class UnsafePickleError(CheckpointError):
+    """A pickle names a global outside the allow-list, or an opcode that plain data never needs."""
+
+
+class DetectionError(RegistryError):
+    """The format or architecture of a checkpoint is unknown or ambiguous; the candidates are listed."""
+
+
+class MappingError(RegistryError):
+    """Specs and checkpoint disagree: a tensor without a rule, a missing tensor, a shape that does not fit."""
+
+
+class ParallelError(RegistryError):
+    """A parallel layout does not fit the model (a size that does not divide, stages that do not add up)."""
+
+
+class TargetError(RegistryError):
+    """The target cannot be written: not empty, inside the source, read-only, or the disk is full."""
+
+
+class ArgumentError(RegistryError, ValueError):
+    """A call of the public surface with arguments that break a rule; every broken rule is listed."""
+
+
+class ExperimentalError(RegistryError):
+    """An experimental function or class was used without switching experimental features on."""

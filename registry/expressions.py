@@ -1,0 +1,171 @@
+"""Small expressions over named facts, as specs use them: `heads // kv_heads`, `tied_embeddings and pp > 1`.
+
+The grammar is a closed subset of Python's expressions, walked by hand: numbers, strings, lists, names, dotted fields,
+arithmetic (no powers; `+` also joins strings), comparisons, `and/or/not`, `a if c else b`, and the functions in `FUNCTIONS`. A name that the
+environment lacks is None, and so is a field of None. Nothing is ever compiled or executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from attrs import frozen
+
+from registry.errors import SpecError
+
+MAX_LENGTH = 500
+
+
+def _ceil_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _omit(table: Mapping[str, Any] | None, *keys: str) -> dict[str, Any] | None:
+    return None if table is None else {k: v for k, v in table.items() if k not in keys}
+
+
+def _lcm(*numbers: int) -> int:
+    return math.lcm(*numbers)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "ceil_to": _ceil_to,
+    "omit": _omit,
+    "lcm": _lcm,
+    "min": min,
+    "max": max,
+    "len": len,
+    "int": int,
+    "float": float,
+    "bool": bool,
+}
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+_CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+
+
+@frozen
+class Expression:
+    """A parsed expression; `names` are the facts that it reads."""
+
+    text: str
+    tree: ast.expr
+    names: frozenset[str]
+
+    def __call__(self, env: Mapping[str, Any]) -> Any:
+        """Evaluate. Raises SpecError, which quotes the expression."""
+        try:
+            return _evaluate(self.tree, env)
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            known = ", ".join(f"{name}={env.get(name)!r}" for name in sorted(self.names))
+            raise SpecError(f"cannot evaluate {self.text!r}: {error}", found=known) from error
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Expression:
+    """Parse and check. Raises SpecError, which quotes the expression and names what is not allowed."""
+    if len(text) > MAX_LENGTH:
+        raise SpecError("expression too long", expected=f"at most {MAX_LENGTH} characters", found=len(text))
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        names = frozenset(_check(tree, text))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise SpecError(f"not an expression: {text!r}", found=str(error)) from None
+    return Expression(text, tree, names)
+
+
+def _check(node: ast.expr, text: str) -> set[str]:
+    """Names read below `node`; refuses every construct that `_evaluate` does not know."""
+    match node:
+        case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
+            return set()
+        case ast.Name(id=name):
+            return set() if name in _CONSTANTS else {name}
+        case ast.Attribute(value=value):
+            return _check(value, text)
+        case ast.List(elts=items) | ast.Tuple(elts=items) | ast.BoolOp(values=items):
+            return set().union(*(_check(item, text) for item in items))
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            return _check(operand, text)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _check(left, text) | _check(right, text)
+        case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARE for op in ops):
+            return _check(left, text).union(*(_check(other, text) for other in others))
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _check(test, text) | _check(body, text) | _check(orelse, text)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+            return set().union(*(_check(arg, text) for arg in args))
+    raise SpecError(
+        f"{ast.unparse(node)!r} is not allowed in an expression",
+        where=text,
+        expected="arithmetic, comparisons, and/or/not, a if c else b, or " + ", ".join(FUNCTIONS),
+    )
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
+def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            return _CONSTANTS[name] if name in _CONSTANTS else env.get(name)
+        case ast.Attribute(value=value, attr=attr):
+            return _field(_evaluate(value, env), attr)
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_evaluate(item, env) for item in items]
+        case ast.BoolOp(op=op, values=items):
+            for item in items:
+                result = _evaluate(item, env)
+                if bool(result) != isinstance(op, ast.And):
+                    break
+            return result
+        case ast.UnaryOp(op=op, operand=operand):
+            result = _evaluate(operand, env)
+            return not result if isinstance(op, ast.Not) else -result
+        case ast.BinOp(left=left, op=op, right=right):
+            a, b = _evaluate(left, env), _evaluate(right, env)
+            if isinstance(op, ast.Add) and isinstance(a, str) and isinstance(b, str):
+                return a + b
+            if not (isinstance(a, int | float) and isinstance(b, int | float)):
+                raise TypeError(f"arithmetic on {a!r} and {b!r}")
+            return _BINARY[type(op)](a, b)
+        case ast.Compare(left=left, ops=ops, comparators=others):
+            a = _evaluate(left, env)
+            for op, other in zip(ops, others, strict=True):
+                b = _evaluate(other, env)
+                if not _COMPARE[type(op)](a, b):
+                    return False
+                a = b
+            return True
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _evaluate(body if _evaluate(test, env) else orelse, env)
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return FUNCTIONS[name](*(_evaluate(arg, env) for arg in args))
+    raise TypeError(f"unexpected {ast.dump(node)}")

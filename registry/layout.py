@@ -1,0 +1,339 @@
+"""The layout notation: how a stored tensor is made of logical tensors.
+
+    (group@tp [attention.q.weight: rep | attention.k.weight: | attention.v.weight:] head_dim) hidden
+
+A layout lists the dimensions of one stored tensor. A dimension is an axis, a product `(a b c)` of axes (the last one
+varies fastest), or a sum `[x: a b | y: c]`: a stretch cut into consecutive parts, each belonging to the logical tensor
+that its label names. Products and sums nest. `1` is a dimension of size one that no axis names. A layout without a sum
+starts with the name of its one tensor: `mlp.down.weight: hidden ffn@tp`.
+
+`axis@tp` says that the parallel dimension `tp` partitions the axis: a rank stores the same layout on its own interval.
+`(...)@tp` says that this stretch is cut into equal parts, whatever the axes inside (query heads of one group on two ranks).
+
+This module parses, checks and prints; `registry.boxes` evaluates a layout on sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+
+from attrs import field, frozen
+
+from registry.errors import LayoutError
+
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][\w.]*)|(?P<one>1(?!\w))|(?P<mark>[()\[\]|:@]))")
+MAX_LENGTH = 4096
+MAX_DEPTH = 16
+
+
+@frozen
+class Axis:
+    """A named axis; `shard` is the parallel dimension that partitions it, if any."""
+
+    name: str
+    shard: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.shard}" if self.shard else self.name
+
+
+@frozen
+class Product:
+    """Factors multiplied, the last varying fastest; an empty product has size one."""
+
+    factors: tuple[Node, ...]
+    cut: str | None = None
+
+    def __str__(self) -> str:
+        inner = " ".join(str(factor) for factor in self.factors)
+        text = f"({inner})" if len(self.factors) != 1 or self.cut else inner
+        return f"{text}@{self.cut}" if self.cut else (text if self.factors else "1")
+
+
+@frozen
+class Part:
+    """One summand: the factors that follow each other in memory, and the logical tensor that they belong to."""
+
+    label: str | None
+    factors: tuple[Node, ...]
+
+    def __str__(self) -> str:
+        inner = " ".join(str(factor) for factor in self.factors)
+        return f"{self.label}: {inner}".rstrip() if self.label else inner
+
+
+@frozen
+class Sum:
+    """Consecutive parts of one stretch."""
+
+    parts: tuple[Part, ...]
+    cut: str | None = None
+
+    def __str__(self) -> str:
+        return "[" + " | ".join(str(part) for part in self.parts) + "]" + (f"@{self.cut}" if self.cut else "")
+
+
+Node = Axis | Product | Sum
+
+
+@frozen
+class Layout:
+    """A parsed layout. `tensors` are the logical tensors in order; `axes[t]` the axes of tensor t in stored order."""
+
+    dims: tuple[Node, ...]
+    label: str | None
+    tensors: tuple[str, ...] = field(init=False)
+    axes: dict[str, tuple[str, ...]] = field(init=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        tensors = (self.label,) if self.label else tuple(_labels(self.dims))
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "axes", {name: tuple(a.name for a in path(self.dims, name)) for name in tensors})
+
+    def __str__(self) -> str:
+        dims = " ".join(str(dim) for dim in self.dims)
+        return f"{self.label}: {dims}".rstrip() if self.label else dims
+
+    def __hash__(self) -> int:
+        return hash((self.dims, self.label))
+
+    def shards(self) -> dict[str, str]:
+        """Axis name -> the parallel dimension that partitions it."""
+        return {axis.name: axis.shard for axis in _walk_axes(self.dims) if axis.shard}
+
+    def cuts(self) -> set[str]:
+        """The parallel dimensions that cut a stretch without regard to its axes."""
+        return set(_cuts(self.dims))
+
+    def sharded_over(self) -> set[str]:
+        """Every parallel dimension that the layout names."""
+        return {*self.shards().values(), *self.cuts()}
+
+    def prepend(self, axis: Axis) -> Layout:
+        """This layout with one more leading dimension (stacked layers)."""
+        return Layout((axis, *self.dims), self.label)
+
+
+def _walk_axes(nodes: tuple[Node, ...]) -> Iterator[Axis]:
+    for node in nodes:
+        if isinstance(node, Axis):
+            yield node
+        elif isinstance(node, Product):
+            yield from _walk_axes(node.factors)
+        else:
+            for part in node.parts:
+                yield from _walk_axes(part.factors)
+
+
+def _cuts(nodes: tuple[Node, ...]) -> Iterator[str]:
+    for node in nodes:
+        if not isinstance(node, Axis):
+            if node.cut:
+                yield node.cut
+            for inner in (node.factors,) if isinstance(node, Product) else (part.factors for part in node.parts):
+                yield from _cuts(inner)
+
+
+def _labels(nodes: tuple[Node, ...]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, Product):
+            yield from _labels(node.factors)
+        elif isinstance(node, Sum):
+            for part in node.parts:
+                if part.label:
+                    yield part.label
+                yield from _labels(part.factors)
+
+
+def holds(part: Part, tensor: str) -> bool:
+    """Does this summand belong to `tensor`, itself or through a nested sum?"""
+    return part.label == tensor or tensor in _labels(part.factors)
+
+
+def path(nodes: tuple[Node, ...], tensor: str) -> Iterator[Axis]:
+    """The axes of `tensor`, in stored order."""
+    for node in nodes:
+        if isinstance(node, Axis):
+            yield node
+        elif isinstance(node, Product):
+            yield from path(node.factors, tensor)
+        else:
+            for part in node.parts:
+                if holds(part, tensor):
+                    yield from path(part.factors, tensor)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Layout:
+    """Parse and check a layout. Raises LayoutError, which quotes the pattern and points at the place."""
+    if len(text) > MAX_LENGTH:
+        raise LayoutError("layout too long", expected=f"at most {MAX_LENGTH} characters", found=len(text))
+    parser = _Parser(text)
+    layout = parser.layout()
+    _check(layout, text)
+    return layout
+
+
+def _fail(text: str, at: int, problem: str, hint: str | None = None) -> LayoutError:
+    return LayoutError(problem, where=f"\n    {text}\n    {' ' * at}^", hint=hint)
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens: list[tuple[str, str, int]] = []
+        at = 0
+        while at < len(text.rstrip()):
+            match = _TOKEN.match(text, at)
+            if not match:
+                at += len(text[at:]) - len(text[at:].lstrip())
+                raise _fail(text, at, f"unexpected character {text[at]!r} in a layout")
+            kind = str(match.lastgroup)
+            self.tokens.append((kind, match[kind], match.start(kind)))
+            at = match.end()
+        self.tokens.append(("end", "end of layout", len(text)))
+        self.position = 0
+
+    def peek(self, ahead: int = 0) -> str:
+        return self.tokens[min(self.position + ahead, len(self.tokens) - 1)][1]
+
+    def kind(self) -> str:
+        return self.tokens[self.position][0]
+
+    def take(self) -> str:
+        token = self.tokens[self.position][1]
+        self.position += 1
+        return token
+
+    def error(self, problem: str, hint: str | None = None) -> LayoutError:
+        return _fail(self.text, self.tokens[self.position][2], problem, hint)
+
+    def layout(self) -> Layout:
+        label = self.label()
+        dims = self.factors(0)
+        if self.kind() != "end":
+            raise self.error(f"unexpected {self.peek()!r} in a layout")
+        return Layout(dims, label)
+
+    def label(self) -> str | None:
+        if self.kind() == "name" and self.peek(1) == ":":
+            name = self.take()
+            self.take()
+            return name
+        return None
+
+    def factors(self, depth: int) -> tuple[Node, ...]:
+        if depth > MAX_DEPTH:
+            raise self.error(f"layout nested deeper than {MAX_DEPTH}")
+        nodes: list[Node] = []
+        while self.kind() in ("name", "one") or self.peek() in ("(", "["):
+            if self.kind() == "one":
+                self.take()
+                nodes.append(Product(()))
+            elif self.kind() == "name":
+                if self.peek(1) == ":":
+                    raise self.error(
+                        f"label {self.peek()!r} in the middle of a product",
+                        "a label opens a layout or a part of a sum: `[label: axes | label: axes]`",
+                    )
+                nodes.append(Axis(self.take(), self.suffix()))
+            else:
+                nodes.append(self.group(depth))
+        return tuple(nodes)
+
+    def group(self, depth: int) -> Node:
+        opened = self.take()
+        node: Node
+        if opened == "(":
+            inner = self.factors(depth + 1)
+            self.close(")")
+            node = Product(inner)
+        else:
+            parts = [self.part(depth)]
+            while self.peek() == "|":
+                self.take()
+                parts.append(self.part(depth))
+            self.close("]")
+            node = Sum(tuple(parts))
+        cut = self.suffix()
+        return Product(node.factors, cut) if isinstance(node, Product) else Sum(node.parts, cut)
+
+    def part(self, depth: int) -> Part:
+        return Part(self.label(), self.factors(depth + 1))
+
+    def close(self, mark: str) -> None:
+        if self.peek() != mark:
+            raise self.error(f"expected {mark!r}, found {self.peek()!r}")
+        self.take()
+
+    def suffix(self) -> str | None:
+        if self.peek() != "@":
+            return None
+        self.take()
+        if self.kind() != "name":
+            raise self.error("expected the name of a parallel dimension after '@'")
+        return self.take()
+
+
+def _check(layout: Layout, text: str) -> None:
+    def fail(problem: str, word: str, hint: str | None = None) -> LayoutError:
+        return _fail(text, max(text.find(word), 0), problem, hint)
+
+    sums = _independent_sums(layout.dims)
+    if layout.label and sums:
+        raise fail("a layout with a sum takes its labels from the parts, not from the front", layout.label)
+    if not layout.label and not sums:
+        raise _fail(text, 0, "no tensor is named", "write `tensor.name: axes`, or label the parts of a sum")
+    if sums > 1:
+        raise fail(
+            "two sums side by side leave the off-diagonal blocks to no tensor",
+            "[",
+            "nest one sum inside a part of the other, or drop one",
+        )
+    _check_parts(layout.dims, text)
+    if len(set(layout.tensors)) != len(layout.tensors):
+        double = next(t for t in layout.tensors if layout.tensors.count(t) > 1)
+        raise fail(f"tensor {double!r} appears twice", double)
+    for tensor, axes in layout.axes.items():
+        if len(set(axes)) != len(axes):
+            double = next(a for a in axes if axes.count(a) > 1)
+            raise fail(f"axis {double!r} appears twice in tensor {tensor!r}", double)
+    _check_cuts(layout.dims, frozenset(), text)
+
+
+def _check_cuts(nodes: tuple[Node, ...], outer: frozenset[str], text: str) -> None:
+    """A stretch that is cut must not be partitioned over the same ranks once more inside."""
+    for node in nodes:
+        own = node.shard if isinstance(node, Axis) else node.cut
+        if own in outer:
+            raise _fail(text, text.find("@"), f"{own!r} shards a stretch and also something inside it")
+        if not isinstance(node, Axis):
+            below = outer | {own} if own else outer
+            for inner in (node.factors,) if isinstance(node, Product) else (part.factors for part in node.parts):
+                _check_cuts(inner, below, text)
+
+
+def _independent_sums(nodes: tuple[Node, ...]) -> int:
+    count = 0
+    for node in nodes:
+        if isinstance(node, Product):
+            count += _independent_sums(node.factors)
+        elif isinstance(node, Sum):
+            count += max(1, *(_independent_sums(part.factors) for part in node.parts))
+    return count
+
+
+def _check_parts(nodes: tuple[Node, ...], text: str) -> None:
+    for node in nodes:
+        if isinstance(node, Product):
+            _check_parts(node.factors, text)
+        elif isinstance(node, Sum):
+            for part in node.parts:
+                nested = bool(list(_labels(part.factors)))
+                if part.label and nested:
+                    raise _fail(text, text.find(part.label), f"part {part.label!r} has labelled parts of its own")
+                if not part.label and not nested:
+                    raise _fail(text, text.find("["), "a part of a sum names no tensor", "write `[label: axes | ...]`")
+                _check_parts(part.factors, text)

@@ -1,0 +1,110 @@
+"""A parallel layout, and which layers each pipeline stage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from attrs import field, frozen
+
+from registry.errors import ArgumentError, ParallelError
+
+#: The parallel dimensions that a spec may name after `@`.
+DIMENSIONS = ("tp", "pp", "vpp", "ep", "etp", "cp", "dp")
+
+
+class Stage(NamedTuple):
+    """One pipeline stage (one model chunk of one pipeline rank) and the layers that it holds."""
+
+    pp: int
+    vpp: int
+    first: int
+    count: int
+
+
+def _sizes(pp: int | Sequence[int]) -> tuple[int, ...] | None:
+    return None if isinstance(pp, int) else tuple(pp)
+
+
+@frozen(init=False)
+class Parallel:
+    """Sizes of the parallel dimensions.
+
+    `pp` is a number of stages, or a list of layer counts, one a stage, for uneven stages; with `vpp` > 1 the list has
+    one count for each of `pp * vpp` model chunks in the order of the layers. `etp` defaults to `tp`.
+    Raises ArgumentError.
+    """
+
+    tp: int
+    pp: int
+    vpp: int
+    ep: int
+    etp: int | None
+    cp: int
+    dp: int
+    layers: tuple[int, ...] | None = field(default=None)
+
+    def __init__(
+        self,
+        tp: int = 1,
+        pp: int | Sequence[int] = 1,
+        vpp: int = 1,
+        ep: int = 1,
+        etp: int | None = None,
+        cp: int = 1,
+        dp: int = 1,
+    ) -> None:
+        layers = _sizes(pp)
+        problems = [
+            f"{name} must be a whole number of at least 1, found {size!r}"
+            for name, size in {"tp": tp, "vpp": vpp, "ep": ep, "etp": etp, "cp": cp, "dp": dp}.items()
+            if not (name == "etp" and size is None) and (type(size) is not int or size < 1)
+        ]
+        if layers is None and (type(pp) is not int or pp < 1):
+            problems.append(f"pp must be a whole number of at least 1 or a list of layer counts, found {pp!r}")
+        if layers is not None and (not layers or any(type(n) is not int or n < 0 for n in layers)):
+            problems.append(f"pp as a list needs layer counts of at least 0, found {list(layers)!r}")
+        if layers is not None and not problems and len(layers) % vpp:
+            problems.append(f"pp lists {len(layers)} model chunks, which vpp={vpp} does not divide")
+        if problems:
+            raise ArgumentError("bad parallel layout", details=problems)
+        stages = pp if isinstance(pp, int) else len(layers or ()) // vpp
+        self.__attrs_init__(tp, stages, vpp, ep, etp, cp, dp, layers)  # type: ignore[attr-defined]
+
+    def size(self, dimension: str) -> int:
+        """How many ranks there are along `dimension`."""
+        return self.etp or self.tp if dimension == "etp" else int(getattr(self, dimension))
+
+    def env(self) -> dict[str, int]:
+        """The sizes as names for expressions."""
+        return {dimension: self.size(dimension) for dimension in DIMENSIONS}
+
+    def stages(self, layers: int) -> list[Stage]:
+        """The stages in the order of the layers (chunk 0 of every rank, then chunk 1, ...). Raises ParallelError.
+
+        The order is that of megatron/core/transformer/transformer_layer.py, get_transformer_layer_offset.
+        """
+        chunks = self.pp * self.vpp
+        counts = self.layers
+        if counts is None:
+            if layers % chunks:
+                raise ParallelError(
+                    "layers do not divide over pipeline stages",
+                    expected=f"a multiple of pp x vpp = {chunks}",
+                    found=f"{layers} layers",
+                    hint="give pp as a list of layer counts, such as --pp "
+                    + ",".join(str(layers // chunks + (i < layers % chunks)) for i in range(chunks)),
+                )
+            counts = (layers // chunks,) * chunks
+        if sum(counts) != layers:
+            raise ParallelError("stages do not add up", expected=f"{layers} layers", found=f"{list(counts)}")
+        firsts = [sum(counts[:i]) for i in range(chunks)]
+        return [Stage(i % self.pp, i // self.pp, firsts[i], counts[i]) for i in range(chunks)]
+
+    def __str__(self) -> str:
+        parts = [f"{name}{self.size(name)}" for name in DIMENSIONS if name != "etp" and self.size(name) > 1]
+        if self.etp not in (None, self.tp):
+            parts.append(f"etp{self.etp}")
+        if self.layers:
+            parts.append("layers " + "+".join(map(str, self.layers)))
+        return " ".join(parts) or "one rank"

@@ -1,0 +1,138 @@
+"""Everything up to the first byte: bind the target, lay it out, plan the copies. Reads headers only, writes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from attrs import frozen
+
+from registry import catalog
+from registry.dtypes import is_float
+from registry.errors import ArgumentError, MappingError
+from registry.model import config_map, format_rules, write_document
+from registry.parallel import Parallel
+from registry.plan import Plan, make_plan
+from registry.schema import FormatSpec
+from registry.source import Source
+from registry.storage import Laid, Request
+from registry.target import Target, bind_target
+
+MANIFEST_VERSION = 1
+
+
+@frozen(eq=False)
+class Prepared:
+    """A conversion that only has to be carried out."""
+
+    source: Source
+    spec: FormatSpec
+    parallel: Parallel
+    target: Target
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def library_version() -> str:
+    """The installed version of this library."""
+    try:
+        return version("checkpoint-registry")
+    except PackageNotFoundError:
+        return "0"
+
+
+def merged_options(spec: FormatSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The format's options with what the user gave. Raises ArgumentError listing everything that is wrong."""
+    options = {name: option.default for name, option in spec.options.items()}
+    problems = []
+    for name, value in (given or {}).items():
+        if name not in spec.options:
+            problems.append(f"unknown option {name!r}; {spec.name} has {', '.join(spec.options) or 'none'}")
+            continue
+        option = spec.options[name]
+        if option.choices and not any(value == c and type(value) is type(c) for c in option.choices):
+            problems.append(f"option {name!r} is one of {', '.join(map(str, option.choices))}, found {value!r}")
+        elif option.default is not None and not option.choices and type(value) is not type(option.default):
+            problems.append(f"option {name!r} is of type {type(option.default).__name__}, found {value!r}")
+        elif type(value) is int and value < 1 and not option.choices:
+            problems.append(f"option {name!r} must be at least 1, found {value!r}")
+        options[name] = value
+    if problems:
+        raise ArgumentError(f"bad options for {spec.name}", details=problems)
+    return options
+
+
+def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
+    """The dimensions of a layout that the format shards over; a note about those that have no effect on it."""
+    kept = {dim: parallel.size(dim) if dim in spec.parallel else 1 for dim in ("tp", "vpp", "ep")}
+    lost = [dim for dim in ("tp", "pp", "vpp", "ep", "etp") if dim not in spec.parallel and parallel.size(dim) > 1]
+    lost = [dim for dim in lost if not (dim == "etp" and parallel.etp in (None, parallel.tp))]
+    pp: int | tuple[int, ...] = (parallel.layers or parallel.pp) if "pp" in spec.parallel else 1
+    if parallel.layers and "pp" in spec.parallel and "vpp" in lost:
+        raise ArgumentError(f"{spec.name} has no virtual pipeline stages", found=f"vpp {parallel.vpp} with a list of layer counts")
+    note = [f"{spec.name} is not sharded over {', '.join(lost)}: those sizes have no effect"] if lost else []
+    return Parallel(pp=pp, **kept), note
+
+
+def prepare_target(
+    source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
+) -> tuple[Target, Plan]:
+    """Bind the target and plan every copy. Raises MappingError and ParallelError."""
+    choices = {variant: next(iter(named)) for variant, named in spec.variants.items()}
+    choices |= {variant: str(options[variant]) for variant in spec.variants if variant in options}
+    rules = list(format_rules(spec, source.architecture))
+    target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
+    if target.homeless:
+        raise MappingError(
+            f"{spec.name} has no place for some tensors", where=source.opened.path, details=target.homeless,
+            hint=f"add rules for them to the format spec {spec.name}",
+        )  # fmt: skip
+    return target, make_plan(source.bound, source.opened, target.groups, target.slots, source.model)
+
+
+def prepare(
+    source: Source, to: str, *, parallel: Parallel | None = None, dtype: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Prepared:  # fmt: skip
+    """Bind and plan a conversion of an opened source to the format `to`."""
+    spec = catalog.format_spec(to)
+    chosen = merged_options(spec, options)
+    layout, notes = fitted(spec, parallel or Parallel())
+    if dtype is not None and not is_float(dtype):
+        raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
+    target, plan = prepare_target(source, spec, layout, chosen, dtype)
+    return Prepared(source, spec, layout, target, plan, (*source.notes, *notes))
+
+
+def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> Laid:
+    """Ask the target's container where everything goes."""
+    source, spec = prepared.source, prepared.spec
+    chosen = merged_options(spec, options)
+    facts = dict(source.model.facts)
+    if dtype is not None or facts.get("dtype") is None:
+        facts["dtype"] = dtype or source.dtype
+    hub = source.architecture.config
+    hub_config = write_document(facts, hub, facts, source.hub_config) if facts != source.model.facts else source.hub_config
+    env = {**chosen, **prepared.parallel.env(), "dtype": dtype or source.dtype}
+    if spec.rules_from == "architecture":
+        document = hub_config
+    else:
+        same_kind = spec.container == source.spec.container or spec.config.facts == source.spec.config.facts
+        base = source.opened.document if same_kind else {}
+        document = write_document({**facts, "dtype": env["dtype"]}, config_map(spec, source.architecture), env, base)
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "written_by": f"checkpoint-registry {library_version()}",
+        "format": spec.name,
+        "architecture": source.architecture.name,
+        "vocab_size": source.model.sizes.get("vocab"),
+        "metadata": source.opened.state.get("metadata"),
+    }
+    request = Request(
+        spec.name, prepared.target.slots, prepared.target.objects, document, prepared.parallel, chosen, source.opened,
+        source.opened.iteration if spec.parallel and source.spec.parallel else None,
+        (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(), hub_config, source.opened.side_files,
+    )  # fmt: skip
+    return catalog.container(spec.container).lay_out(request)

@@ -1,0 +1,262 @@
+"""What a spec file may say: pydantic models of architecture and format specs.
+
+A spec is data. Its strings are layouts (`registry.layout`), expressions over facts (`registry.expressions`) and name
+patterns with axes in braces (`model.layers.{layer}.mlp.up_proj.weight`). Everything is checked when the spec is loaded,
+and all problems are reported at once, in the spec's own terms.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from registry import expressions, layout
+from registry.dtypes import ITEMSIZE
+from registry.errors import RegistryError
+from registry.parallel import DIMENSIONS
+
+#: An axis in a name pattern; `{layer@pp}` counts from the first layer of the stage that stores the tensor.
+AXIS = re.compile(r"\{(\w+)(?:@(\w+))?\}")
+
+Scalar = bool | int | float | str | None
+
+
+class Model(BaseModel):
+    """Base: unknown keys are errors, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _checked_expression(text: Any) -> Any:
+    if isinstance(text, bool | int):
+        text = str(text)
+    if isinstance(text, str):
+        try:
+            expressions.parse(text)
+        except RegistryError as error:
+            raise ValueError(str(error)) from None
+    return text
+
+
+Expression = Annotated[str, BeforeValidator(_checked_expression)]
+
+
+class Rule(Model):
+    """How one stored tensor (or a family of them, one for each value of the axes in its name) is laid out."""
+
+    layout: str = Field(description="the layout string: products and sums of named axes")
+    when: Expression | None = Field(None, description="the rule holds only where this is true")
+    names: dict[str, str] = Field({}, description="variant choice -> the name under that choice")
+    aliases: list[str] = Field([], description="other names accepted on reading")
+    dtype: str | None = Field(None, description="stored in this type whatever the source's")
+    scale: float = Field(1.0, description="stored = logical * scale + offset")
+    offset: float = Field(0.0, description="stored = logical * scale + offset")
+    codec: str | None = Field(None, description="a registered codec that encodes the stored values")
+    pad: dict[str, Expression] = Field({}, description="axis -> the multiple that its stored size is rounded up to")
+    stage: Literal["first", "last"] | None = Field(None, description="only this pipeline stage stores it")
+    tied: Expression = Field("false", description="written also where its tensor is tied to another")
+    optional: str | None = Field(None, description="may be absent from a checkpoint; the reason")
+
+    @model_validator(mode="after")
+    def _check(self) -> Rule:
+        problems = []
+        try:
+            parsed = layout.parse(self.layout)
+        except RegistryError as error:
+            raise ValueError(str(error)) from None
+        axes = {axis for axes in parsed.axes.values() for axis in axes}
+        problems += [f"pads axis {axis!r}, which the layout lacks" for axis in self.pad if axis not in axes]
+        problems += [
+            f"shards over {dim!r}; the parallel dimensions are {', '.join(DIMENSIONS)}"
+            for dim in parsed.sharded_over()
+            if dim not in DIMENSIONS
+        ]
+        if self.dtype is not None and self.dtype not in ITEMSIZE:
+            problems.append(f"unknown dtype {self.dtype!r}")
+        if self.scale == 0:
+            problems.append("scale 0 has no inverse")
+        if problems:
+            raise ValueError(f"rule {self.layout!r}: " + "; ".join(problems))
+        return self
+
+    @property
+    def parsed(self) -> layout.Layout:
+        return layout.parse(self.layout)
+
+
+def _as_rules(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"layout": item} if isinstance(item, str) else item for item in items]
+
+
+Rules = Annotated[list[Rule], BeforeValidator(_as_rules)]
+
+
+class Ignored(Model):
+    """Stored entries that no logical tensor answers to, by glob, and why that is right."""
+
+    name: str
+    reason: str
+
+
+class Tie(Model):
+    """`tensor` is the same tensor as `to` wherever `when` is true."""
+
+    tensor: str
+    to: str
+    when: Expression
+
+
+class FactMap(Model):
+    """One fact of the model and the field of a config document that holds it."""
+
+    field: list[str] = Field([], description="dotted paths; the first is written, any is read")
+    read: Expression | None = Field(None, description="an expression over the document, where a plain field will not do")
+    values: list[tuple[Scalar, Scalar]] = Field([], description="pairs (fact, field value)")
+    default: Any = Field(None, description="the fact where the document is silent")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"field": [data]}
+        if isinstance(data, dict):
+            data = dict(data)
+            if isinstance(data.get("field"), str):
+                data["field"] = [data["field"]]
+            if isinstance(data.get("values"), dict):
+                data["values"] = list(data["values"].items())
+        return data
+
+
+class ConfigMap(Model):
+    """A config document against the facts of the model, in both directions."""
+
+    facts: dict[str, FactMap] = Field({}, description="fact -> where the document holds it")
+    write: dict[str, Expression] = Field({}, description="field -> expression over facts, only written")
+    constants: dict[str, Any] = Field({}, description="field -> literal, only written")
+
+
+class Extension(Model):
+    """What one architecture adds to one format."""
+
+    config: ConfigMap = Field(default_factory=ConfigMap)
+    requires: dict[str, Any] = Field({}, description="document fields that must have this value to be this architecture")
+
+
+class Spec(Model):
+    """What every spec has."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
+    description: str = ""
+    tensors: dict[str, Rules] = Field({}, description="name pattern -> rule, or several with conditions")
+    ignored: list[Ignored] = []
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Spec:
+        problems = []
+        for pattern, rules in self.tensors.items():
+            named = {axis for axis, _ in AXIS.findall(pattern)}
+            if "{" in AXIS.sub("", pattern) or "}" in AXIS.sub("", pattern):
+                problems.append(f"{pattern}: a brace that names no axis")
+            for rule in rules:
+                for tensor, axes in rule.parsed.axes.items():
+                    problems += [f"{pattern}: axis {a!r} of {tensor} is in the name and in the layout" for a in named & set(axes)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def rules(self) -> Iterator[tuple[str, Rule]]:
+        """Every (name pattern, rule)."""
+        for pattern, rules in self.tensors.items():
+            for rule in rules:
+                yield pattern, rule
+
+
+class ArchitectureSpec(Spec):
+    """One model family, named by its HuggingFace `model_type`, as HuggingFace stores it."""
+
+    kind: Literal["architecture"] = "architecture"
+    axes: dict[str, Expression] = Field(description="axis -> its size, an expression over facts")
+    facts: dict[str, Any] = Field({}, description="facts that hold for every model of the family")
+    config: ConfigMap = Field(default_factory=ConfigMap, description="config.json against the facts")
+    tied: list[Tie] = []
+    formats: dict[str, Extension] = Field({}, description="what the family adds to a format's config")
+
+    @model_validator(mode="after")
+    def _check_axes(self) -> ArchitectureSpec:
+        problems = []
+        for pattern, rule in self.rules():
+            named = [axis for axis, _ in AXIS.findall(pattern)]
+            for tensor, axes in rule.parsed.axes.items():
+                problems += [f"{pattern}: axis {a!r} of {tensor} is not declared" for a in (*named, *axes) if a not in self.axes]
+        tensors = {t for _, rule in self.rules() for t in rule.parsed.tensors}
+        problems += [f"tied: {tie.to!r} is no tensor of this spec" for tie in self.tied if tie.to not in tensors]
+        known = {*self.facts, *self.config.facts}
+        used = [(f"axis {axis}", text) for axis, text in self.axes.items()]
+        used += [(pattern, rule.when) for pattern, rule in self.rules() if rule.when]
+        used += [(f"tied {tie.tensor}", tie.when) for tie in self.tied]
+        for place, text in used:
+            problems += [f"{place}: {n!r} is no fact of this spec" for n in expressions.parse(text).names - known]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def logical(self) -> dict[str, tuple[str, ...]]:
+        """Logical tensor -> its axes in canonical order: those of the name, then those of the layout."""
+        return {
+            tensor: (*(axis for axis, _ in AXIS.findall(pattern)), *axes)
+            for pattern, rule in self.rules()
+            for tensor, axes in rule.parsed.axes.items()
+        }
+
+
+class Option(Model):
+    """A choice that a format offers."""
+
+    default: Any = None
+    choices: list[Scalar] = []
+    description: str = ""
+    read: Expression | None = Field(None, description="what a checkpoint on disk chose, over its config document")
+
+
+class Variant(Model):
+    """A spelling of names: which axis, if any, moves from the names into a leading dimension of the tensor."""
+
+    fold: str | None = None
+
+
+class FormatSpec(Spec):
+    """One checkpoint format: how it lays out the logical tensors, once for all architectures."""
+
+    kind: Literal["format"] = "format"
+    container: str = Field(description="the module that knows how the bytes lie on disk")
+    rules_from: Literal["format", "architecture"] = "format"
+    ranked: bool = Field(False, description="every rank has files of its own, with names local to its stage")
+    parallel: list[str] = Field([], description="the parallel dimensions that the format shards over")
+    pipeline_axis: str | None = Field(None, description="the axis that pipeline stages partition")
+    replicate: dict[str, list[str]] = Field({}, description="parallel dimension -> axes repeated when shorter than it")
+    options: dict[str, Option] = {}
+    variants: dict[str, dict[str, Variant]] = Field({}, description="variant -> choices, the first is written by default")
+    objects: dict[str, Expression] = Field({}, description="entries without data that readers expect -> when to write them")
+    config: ConfigMap = Field(default_factory=ConfigMap)
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> FormatSpec:
+        choices = {choice for variant in self.variants.values() for choice in variant}
+        problems = [
+            f"{pattern}: no variant has the choice {choice!r}"
+            for pattern, rule in self.rules()
+            for choice in rule.names
+            if choice not in choices
+        ]
+        problems += [f"parallel: unknown dimension {dim!r}" for dim in self.parallel if dim not in DIMENSIONS]
+        for pattern, rule in self.rules():
+            used = rule.parsed.sharded_over() | {d for _, d in AXIS.findall(pattern) if d}
+            problems += [f"{pattern}: shards over {d!r}, which `parallel` does not list" for d in used - set(self.parallel)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

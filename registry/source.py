@@ -1,0 +1,224 @@
+"""Open a checkpoint and understand it: its format, architecture, facts, and where every logical box lies."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from registry import catalog, expressions
+from registry.bind import Bound, bind_source
+from registry.dtypes import is_float
+from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
+from registry.model import LogicalModel, config_map, format_rules, logical_model, read_facts, write_document
+from registry.schema import ArchitectureSpec, FormatSpec
+from registry.storage import Opened, slot_bytes
+
+PathLike = str | os.PathLike[str]
+
+
+@frozen(eq=False)
+class Source:
+    """A checkpoint on disk, bound to its model. No tensor data has been read."""
+
+    opened: Opened
+    spec: FormatSpec
+    architecture: ArchitectureSpec
+    model: LogicalModel
+    bound: Bound
+    options: Mapping[str, Any]
+    hub_config: dict[str, Any]
+    dtypes: dict[str, frozenset[str]]
+    dtype: str
+    notes: tuple[str, ...]
+
+    def dtype_of(self, tensor: str) -> str:
+        """The type of a logical tensor. Raises MappingError where its layers differ."""
+        found = self.dtypes.get(tensor, frozenset({self.dtype}))
+        if len(found) > 1:
+            raise MappingError(
+                f"{tensor} is stored in several types", where=self.opened.path, found=", ".join(sorted(found)),
+                hint="give dtype= to cast them to one",
+            )  # fmt: skip
+        return next(iter(found))
+
+
+def local_path(path: PathLike) -> Path:
+    """A local path. Raises CheckpointError for a URL."""
+    text = os.fspath(path)
+    if "://" in text:
+        raise CheckpointError("only local paths can be opened", found=text, hint="copy the checkpoint to a local disk")
+    return Path(text)
+
+
+def detect_format(path: Path) -> FormatSpec:
+    """The format of what is at `path`. Raises DetectionError listing the candidates, or CheckpointError."""
+    if not path.exists():
+        raise CheckpointError("no such checkpoint", where=path)
+    if not path.is_dir():
+        raise CheckpointError("a checkpoint is a directory", where=path, hint="name the directory that holds the file")
+    known = catalog.names("format")
+    found = [spec for spec in map(catalog.format_spec, known) if catalog.container(spec.container).detect(path)]
+    if len(found) != 1:
+        raise DetectionError(
+            "no known format fits" if not found else "several formats fit",
+            where=path,
+            expected=f"one of {', '.join(known)}",
+            found=", ".join(spec.name for spec in found) or ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing",
+            hint="name the directory that holds the checkpoint's own files",
+        )
+    return found[0]
+
+
+def read_config(config: PathLike | Mapping[str, Any]) -> dict[str, Any]:
+    """A HuggingFace config: a directory that holds config.json, the file itself, or its content."""
+    import json
+
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError("the config cannot be read", where=path, found=error) from None
+    if not isinstance(data, dict):
+        raise CheckpointError("the config is no JSON object", where=path)
+    return data
+
+
+def load(
+    path: PathLike, *, config: PathLike | Mapping[str, Any] | None = None, architecture: str | None = None
+) -> Source:
+    """Open, detect and bind. Raises CheckpointError, DetectionError and MappingError."""
+    where = local_path(path)
+    spec = detect_format(where)
+    opened = catalog.container(spec.container).open(where, spec.name)
+    hub = read_config(config) if config is not None else opened.hub_config
+    name = architecture or (None if hub is None else hub.get("model_type")) or opened.architecture
+    if config is not None and isinstance(config, str | os.PathLike):
+        opened = _with_side_files(opened, Path(config))
+    if name is None and hub is not None and not opened.document:
+        raise DetectionError("the config has no model_type", where=where, hint="name the architecture= of the model")
+    if name is None and hub is None and not opened.document:
+        raise DetectionError(
+            "the checkpoint carries no config", where=where,
+            hint="give config= (a HuggingFace directory or config.json) for its sizes",
+        )  # fmt: skip
+    if name is not None:
+        if name not in catalog.names("architecture"):
+            raise DetectionError(
+                f"unknown architecture {name!r}", where=where, expected="one of " + ", ".join(catalog.names("architecture")),
+                hint="register a spec for it, or name a known architecture= that has the same tensors",
+            )  # fmt: skip
+        return _bind(opened, spec, catalog.architecture(name), hub)
+    return _guess(opened, spec, hub)
+
+
+def _with_side_files(opened: Opened, config: Path) -> Opened:
+    """Side files of the HuggingFace directory that the user named, where the checkpoint brings none of its own."""
+    directory = config if config.is_dir() else config.parent
+    if opened.side_files or not (directory / "config.json").is_file():
+        return opened
+    hub = catalog.format_spec("huggingface") if "huggingface" in catalog.names("format") else None
+    container = None if hub is None else catalog.container(hub.container)
+    if config.is_dir() and hub is not None and container is not None and container.detect(directory):
+        opened.side_files = container.open(directory, hub.name).side_files
+    else:
+        opened.side_files = {"config.json": directory / "config.json"}
+    return opened
+
+
+def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> Source:
+    """The one architecture that fits the document and the tensors."""
+    fitting: list[Source] = []
+    reasons = []
+    for name in catalog.names("architecture"):
+        candidate = catalog.architecture(name)
+        try:
+            fitting.append(_bind(opened, spec, candidate, hub, strict=True))
+        except RegistryError as error:
+            reasons.append(f"{name}: {error.problem}" + "".join(f"; {detail}" for detail in error.details[:1]))
+    if len(fitting) != 1:
+        names = ", ".join(source.architecture.name for source in fitting)
+        raise DetectionError(
+            f"several architectures fit: {names}" if fitting else "no known architecture fits",
+            where=opened.path, found=names or None, details=() if fitting else reasons,
+            hint="name one with architecture=, or give config= (a HuggingFace directory or config.json)",
+        )  # fmt: skip
+    return fitting[0]
+
+
+def _bind(
+    opened: Opened, spec: FormatSpec, architecture: ArchitectureSpec, hub: dict[str, Any] | None, *, strict: bool = False
+) -> Source:
+    facts, hub_config, notes = _facts(opened, spec, architecture, hub, strict)
+    model = logical_model(architecture, facts)
+    options = {
+        name: (expressions.parse(option.read)(opened.document) if option.read else None) for name, option in spec.options.items()
+    }
+    options = {name: spec.options[name].default if value is None else value for name, value in options.items()}
+    ignored = [*spec.ignored, *(architecture.ignored if spec.rules_from == "architecture" else [])]
+    bound = bind_source(opened, spec, list(format_rules(spec, architecture)), model, options, ignored)
+    if strict and bound.missing:
+        raise MappingError("tensors are missing", details=bound.missing[:5])
+    dtypes, dominant = _dtypes(bound, opened, model)
+    return Source(
+        opened, spec, architecture, model, bound, options, hub_config, dtypes, dominant, (*opened.notes, *notes)
+    )  # fmt: skip
+
+
+def _facts(
+    opened: Opened, spec: FormatSpec, architecture: ArchitectureSpec, hub: dict[str, Any] | None, strict: bool
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The model's facts, the HuggingFace config that says them, and where the format's own document disagrees."""
+    if spec.rules_from == "architecture":
+        document = hub or opened.document
+        return read_facts(document, architecture.config), document, []
+    own: dict[str, Any] = {}
+    if opened.document:
+        own = read_facts(opened.document, config_map(spec, architecture))
+        if "vocab_size" in opened.state:
+            own["vocab_size"] = opened.state["vocab_size"]
+    wrong = [
+        f"{key} is {value!r} in the checkpoint, {own[key]!r} expected" if False else f"{key}: {own[key]!r}, expected {value!r}"
+        for key, value in architecture.facts.items()
+        if own.get(key) is not None and own[key] != value
+    ]
+    if extension := architecture.formats.get(spec.name):
+        wrong += [
+            f"{key}: {opened.document.get(key)!r}, expected {value!r}"
+            for key, value in extension.requires.items()
+            if opened.document and opened.document.get(key) != value
+        ]
+    if hub is None:
+        hub = write_document(own, architecture.config, own, {})
+        back = read_facts(hub, architecture.config)
+        wrong += [f"{key}: {own[key]!r} cannot be said by its config" for key in back if own.get(key) not in (None, back[key])]
+    if strict and wrong:
+        raise MappingError(f"the config is not that of {architecture.name}", details=wrong)
+    facts = {**own, **read_facts(hub, architecture.config)}
+    skip = {"vocab_size", "dtype", "initializer_range"}
+    differ = [
+        f"config: {key} is {facts[key]!r}, but the checkpoint's own document says {value!r}"
+        for key, value in own.items()
+        if key not in skip and value is not None and facts.get(key) != value
+    ]
+    return facts, hub, [*differ, *(f"config: {line}" for line in wrong)]
+
+
+def _dtypes(bound: Bound, opened: Opened, model: LogicalModel) -> tuple[dict[str, frozenset[str]], str]:
+    """Each logical tensor's types, and the floating-point type that most bytes have."""
+    found: dict[str, set[str]] = {}
+    weight: Counter[str] = Counter()
+    for group in bound.groups:
+        for fragment in group.fragments:
+            found.setdefault(model.home(fragment.tensor), set()).add(group.dtype)
+        if is_float(group.dtype) and len(group.members):
+            weight[group.dtype] += slot_bytes(opened.pieces[int(group.members[0])]) * len(group.members)
+    dominant = weight.most_common(1)[0][0] if weight else "float32"
+    return {tensor: frozenset(types) for tensor, types in found.items()}, dominant

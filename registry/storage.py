@@ -1,0 +1,151 @@
+"""What a container module does: the protocol between the engine and the modules that know how bytes lie on disk.
+
+A container opens a checkpoint into `Opened` (names, shapes and where every byte lies; no tensor data is read) and lays a
+new one out into `Laid` (which files to write, and where in them every tensor goes). The engine moves the bytes between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from attrs import define, field, frozen
+
+from registry.dtypes import ITEMSIZE
+from registry.parallel import Parallel
+
+
+class Rank(NamedTuple):
+    """Whose file an entry is in, in formats with files of every rank."""
+
+    tp: int = 0
+    pp: int = 0
+    ep: int = 0
+    vpp: int = 0
+
+
+class Piece(NamedTuple):
+    """A stretch of bytes that holds a box of one stored tensor.
+
+    `shape` is the piece's own; `origin` where it begins in the whole stored tensor of shape `whole` (None: it is the
+    whole). `strides` are in elements (None: row-major). `file` indexes `Opened.files`, `begin` is in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    begin: int
+    rank: Rank | None = None
+    origin: tuple[int, ...] | None = None
+    whole: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+
+
+@define
+class Opened:
+    """A checkpoint on disk, without its tensors' data.
+
+    `document` is the format's config document (config.json, Megatron's args); `iteration` the training step where one
+    is known; `parallel` the layout that the checkpoint says it was written at; `entries` names of what is not a tensor;
+    `side_files` what travels along (relative name -> path); `hub_config` a HuggingFace config that was carried with the
+    checkpoint; `state` whatever else the format keeps (Megatron's common state), for a target of the same container.
+    """
+
+    path: Path
+    format: str
+    files: list[Path]
+    pieces: list[Piece]
+    document: dict[str, Any]
+    parallel: Parallel | None = None
+    iteration: int | None = None
+    architecture: str | None = None
+    hub_config: dict[str, Any] | None = None
+    entries: list[str] = field(factory=list)
+    side_files: dict[str, Path] = field(factory=dict)
+    state: dict[str, Any] = field(factory=dict)
+    notes: list[str] = field(factory=list)
+
+
+class Slot(NamedTuple):
+    """A tensor, or one chunk of a tensor, that a target is to hold; fields as in `Piece`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rank: Rank
+    origin: tuple[int, ...] | None = None
+    whole: tuple[int, ...] | None = None
+
+
+def slot_bytes(slot: Slot | Piece) -> int:
+    """Bytes of the elements of one slot or piece."""
+    size = ITEMSIZE[slot.dtype]
+    for n in slot.shape:
+        size *= n
+    return size
+
+
+class ObjectSlot(NamedTuple):
+    """An entry without data that readers of a target expect; `origin` and `whole` over the folded axes."""
+
+    name: str
+    rank: Rank
+    origin: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
+
+
+@frozen
+class Request:
+    """All that a container needs to lay a checkpoint out."""
+
+    format: str
+    slots: Sequence[Slot]
+    objects: Sequence[ObjectSlot]
+    document: dict[str, Any]
+    parallel: Parallel
+    options: Mapping[str, Any]
+    source: Opened
+    iteration: int | None
+    manifest: bytes
+    hub_config: dict[str, Any]
+    side_files: Mapping[str, Path]
+
+
+@frozen
+class FilePlan:
+    """One data file: its path inside the target, its size, and the bytes around the tensors, by offset."""
+
+    path: str
+    size: int
+    literals: list[tuple[int, bytes]]
+
+
+@frozen
+class Laid:
+    """Where everything goes.
+
+    `places[i]` is (file index, byte offset) of slot i. `small` are whole files (path -> bytes) and `copies` files to be
+    copied (path -> source). With `crc`, the engine computes the CRC32 of every slot's bytes and `seal(crcs)` gives the
+    last literals as (file index, offset, bytes).
+    """
+
+    files: list[FilePlan]
+    places: list[tuple[int, int]]
+    small: dict[str, bytes] = field(factory=dict)
+    copies: dict[str, Path] = field(factory=dict)
+    seal: Callable[[Sequence[int]], list[tuple[int, int, bytes]]] | None = None
+
+
+class Container(Protocol):
+    """How one kind of checkpoint lies on disk. It knows no model."""
+
+    def detect(self, path: Path) -> bool:
+        """Is the directory (or file) at `path` a checkpoint of this kind? Cheap, raises nothing for other kinds."""
+
+    def open(self, path: Path, spec_name: str) -> Opened:
+        """Read headers and metadata. Raises CheckpointError."""
+
+    def lay_out(self, request: Request) -> Laid:
+        """Decide files and offsets. Raises TargetError or ArgumentError."""

@@ -15,7 +15,7 @@ from registry.errors import CheckpointError
 from registry.parallel import Parallel
 from registry.storage import Request
 
-from .pickles import Call, Global, attributes
+from .pickles import Global, attributes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINT_VERSION = 3.0
@@ -106,13 +106,11 @@ def common_state(request: Request) -> dict[str, Any]:
     document["decoder_first_pipeline_num_layers"] = counts[0] if counts and len(set(counts)) > 1 else None
     document["decoder_last_pipeline_num_layers"] = counts[-1] if counts and len(set(counts)) > 1 else None
     document["pipeline_model_parallel_layout"] = None
-    state = {
-        "args": Call.__new__(_NAMESPACE),
+    return {
+        "args": _NAMESPACE.new(state=document),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": request.iteration or 0,
     }
-    state["args"].state = document
-    return state
 
 
 def _pickled(value: Any) -> Any:

@@ -1,1 +1,105 @@
-"""placeholder"""
+"""Convert, reshard, inspect and export checkpoints of large models, from declared layouts.
+
+    import registry
+    registry.convert("llama/", "out/", to="megatron", parallel=registry.Parallel(tp=2, pp=2))
+
+Importing this package imports nothing heavy: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from registry.api import (
+        architectures,
+        convert,
+        formats,
+        inspect,
+        open,
+        plan,
+        register,
+        schema,
+        stream,
+        verify,
+    )
+    from registry.catalog import Codec, register_codec, register_container
+    from registry.checkpoint import Checkpoint, View
+    from registry.errors import (
+        ArgumentError,
+        CheckpointError,
+        DetectionError,
+        ExperimentalError,
+        LayoutError,
+        MappingError,
+        ParallelError,
+        RegistryError,
+        SpecError,
+        TargetError,
+        UnsafePickleError,
+    )
+    from registry.parallel import Parallel
+    from registry.storage import Rank
+
+_HOMES = {
+    "registry.api": (
+        "architectures convert formats inspect open plan register schema stream verify"
+    ),
+    "registry.catalog": "Codec register_codec register_container",
+    "registry.checkpoint": "Checkpoint View",
+    "registry.errors": (
+        "ArgumentError CheckpointError DetectionError ExperimentalError LayoutError MappingError ParallelError "
+        "RegistryError SpecError TargetError UnsafePickleError"
+    ),
+    "registry.parallel": "Parallel",
+    "registry.storage": "Rank",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "ArgumentError",
+    "Checkpoint",
+    "CheckpointError",
+    "Codec",
+    "DetectionError",
+    "ExperimentalError",
+    "LayoutError",
+    "MappingError",
+    "Parallel",
+    "ParallelError",
+    "Rank",
+    "RegistryError",
+    "SpecError",
+    "TargetError",
+    "UnsafePickleError",
+    "View",
+    "architectures",
+    "convert",
+    "formats",
+    "inspect",
+    "open",
+    "plan",
+    "register",
+    "register_codec",
+    "register_container",
+    "schema",
+    "stream",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    if name == "__version__":
+        from registry.prepare import library_version
+
+        return library_version()
+    raise AttributeError(f"module 'registry' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

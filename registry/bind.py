@@ -24,7 +24,7 @@ from registry.errors import MappingError, RegistryError
 from registry.layout import Axis, Layout
 from registry.model import LogicalModel
 from registry.parallel import Parallel, Stage
-from registry.schema import AXIS, FormatSpec, Ignored, Rule
+from registry.specs import AXIS, FormatSpec, Ignored, Rule
 from registry.storage import Opened, Piece, Rank
 
 Ints = NDArray[np.int64]

@@ -23,7 +23,7 @@ from registry.errors import SpecError
 if TYPE_CHECKING:
     import torch
 
-    from registry.schema import ArchitectureSpec, FormatSpec
+    from registry.specs import ArchitectureSpec, FormatSpec
     from registry.storage import Container
 
 KINDS = ("architecture", "format")
@@ -133,7 +133,7 @@ def build(data: Mapping[str, Any], where: object) -> ArchitectureSpec | FormatSp
     """Check a spec given as plain data. Raises SpecError listing every problem in the spec's own terms."""
     from pydantic import ValidationError
 
-    from registry.schema import ArchitectureSpec, FormatSpec
+    from registry.specs import ArchitectureSpec, FormatSpec
 
     models = {"architecture": ArchitectureSpec, "format": FormatSpec}
     if data.get("kind") not in models:
@@ -173,7 +173,7 @@ def names(kind: str) -> list[str]:
 
 def architecture(name: str) -> ArchitectureSpec:
     """The architecture spec called `name` (a HuggingFace model_type). Raises SpecError."""
-    from registry.schema import ArchitectureSpec
+    from registry.specs import ArchitectureSpec
 
     spec = _find("architecture", name)
     assert isinstance(spec, ArchitectureSpec)
@@ -182,7 +182,7 @@ def architecture(name: str) -> ArchitectureSpec:
 
 def format_spec(name: str) -> FormatSpec:
     """The format spec called `name`. Raises SpecError."""
-    from registry.schema import FormatSpec
+    from registry.specs import FormatSpec
 
     spec = _find("format", name)
     assert isinstance(spec, FormatSpec)

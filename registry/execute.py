@@ -24,7 +24,7 @@ from registry import boxes
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError, MappingError, TargetError
 from registry.files import SourceFiles, TargetFiles
-from registry.plan import Copies, Plan
+from registry.planning import Copies, Plan
 from registry.storage import Laid, Opened, Piece, Slot, slot_bytes
 from registry.values import convert
 
@@ -329,3 +329,8 @@ def _equal(
     if width == 16:
         return all(left[i : i + rows].tobytes() == right[i : i + rows].tobytes() for i in steps)
     return all(np.array_equal(left[i : i + rows], right[i : i + rows]) for i in steps)
+
+
+def assembler(plan: Plan, opened: Opened, sources: SourceFiles, slots: Sequence[Slot]) -> Assembler:
+    """What fills buffers with the bytes of a plan's slots, one at a time (used by views and digests too)."""
+    return Assembler(opened.pieces, sources, _by_slot(plan, slots, [slot_bytes(slot) for slot in slots]))

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from registry import expressions
 from registry.errors import MappingError
-from registry.schema import ArchitectureSpec, ConfigMap, FormatSpec, Rule
+from registry.specs import ArchitectureSpec, ConfigMap, FormatSpec, Rule
 
 _ABSENT = object()
 

@@ -14,8 +14,8 @@ from registry.dtypes import is_float
 from registry.errors import ArgumentError, MappingError
 from registry.model import config_map, format_rules, write_document
 from registry.parallel import Parallel
-from registry.plan import Plan, make_plan
-from registry.schema import FormatSpec
+from registry.planning import Plan, make_plan
+from registry.specs import FormatSpec
 from registry.source import Source
 from registry.storage import Laid, Request
 from registry.target import Target, bind_target

@@ -15,7 +15,7 @@ from registry.bind import Bound, bind_source
 from registry.dtypes import is_float
 from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
 from registry.model import LogicalModel, config_map, format_rules, logical_model, read_facts, write_document
-from registry.schema import ArchitectureSpec, FormatSpec
+from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Opened, slot_bytes
 
 PathLike = str | os.PathLike[str]

@@ -17,7 +17,7 @@ from registry.errors import MappingError, ParallelError
 from registry.layout import Axis, Layout, Node, Product, Sum
 from registry.model import LogicalModel
 from registry.parallel import Parallel, Stage
-from registry.schema import FormatSpec, Rule
+from registry.specs import FormatSpec, Rule
 from registry.storage import ObjectSlot, Rank, Slot
 
 

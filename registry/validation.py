@@ -34,9 +34,9 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 # From Python 3.14 on, annotations are evaluated when they are read; this format (FORWARDREF) bears unknown names.
 _FORMAT: dict[str, Any] = {"annotation_format": 3} if sys.version_info >= (3, 14) else {}
-# What cannot be checked, and the classes that pydantic judges better than isinstance does.
+# What cannot be checked, and what is left to pydantic as it is.
 _UNCHECKED = (Any, object, typing.IO, typing.TextIO, typing.BinaryIO, typing.Unpack)
-_EXACT = (int, float, str, bytes, bool, complex, types.NoneType, type)
+_EXACT = (int, float, str, bytes, bool, complex, types.NoneType, type, typing.Annotated)
 # The newest decides. Leaving a block removes its own wherever it is, so that blocks of several threads may overlap.
 _switches: list[tuple[object, bool]] = []
 _announced: dict[str, object] = {}

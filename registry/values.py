@@ -10,7 +10,7 @@ from registry import catalog
 from registry.dtypes import torch_dtype
 
 if TYPE_CHECKING:
-    from registry.plan import Values
+    from registry.planning import Values
 
 
 def convert(target: np.ndarray, source: np.ndarray, values: Values) -> None:

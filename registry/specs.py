@@ -260,3 +260,11 @@ class FormatSpec(Spec):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a spec file: an architecture or a format."""
+    from pydantic import TypeAdapter
+
+    spec = Annotated[ArchitectureSpec | FormatSpec, Field(discriminator="kind")]
+    return TypeAdapter(spec).json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}

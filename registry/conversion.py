@@ -14,7 +14,7 @@ from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
 from registry.execute import Progress, execute
 from registry.parallel import Parallel
-from registry.plan import Copies, Plan
+from registry.planning import Copies, Plan
 from registry.prepare import Prepared, lay_out, prepare
 from registry.source import PathLike, load, local_path
 

@@ -19,7 +19,7 @@ from registry.boxes import Fragment
 from registry.dtypes import ITEMSIZE
 from registry.errors import MappingError
 from registry.model import LogicalModel
-from registry.schema import Rule
+from registry.specs import Rule
 from registry.storage import Opened, Piece, Slot
 
 

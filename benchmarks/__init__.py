@@ -1,0 +1,1 @@
+"""Benchmarks of the library against the plainest thing that moves the same bytes."""

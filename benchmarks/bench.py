@@ -1,0 +1,308 @@
+"""`python -m benchmarks.bench`: conversions against `cp` of the same bytes, memory, planning and start-up times.
+
+Both sides of a comparison start alike: the source in the page cache, no target, and no dirty pages. Runs of `cp` and of the
+library alternate, and the ratio is that of medians. A conversion is a process of its own, whose anonymous memory is
+sampled from outside; its time is given in the call (`convert()` alone) and of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import models
+
+_CHILD = """
+import json, os, sys, time
+def anonymous():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+from registry.conversion import convert
+from registry.parallel import Parallel
+source, target, to, parallel, dtype, durable = json.loads(sys.argv[1])
+if dtype:
+    import torch
+before, start = anonymous(), time.perf_counter()
+convert(source, target, to=to, parallel=Parallel(**parallel), dtype=dtype, durable=durable)
+print(json.dumps([time.perf_counter() - start, before]))
+"""
+
+_PLAN = """
+import json, sys, time
+marks = [("start", time.perf_counter())]
+mark = lambda name: marks.append((name, time.perf_counter()))
+from registry import catalog, prepare, source
+from registry.conversion import plan
+from registry.parallel import Parallel
+path, to = sys.argv[1:]
+mark("import")
+for format in catalog.names("format"):
+    catalog.container(catalog.format_spec(format).container)
+catalog.architecture("llama")
+mark("specs")
+opened = catalog.container("huggingface").open(__import__("pathlib").Path(path), "huggingface")
+mark("open")
+bound = source._bind(opened, catalog.format_spec("huggingface"), catalog.architecture("llama"), opened.hub_config)
+mark("bind")
+prepared = prepare.prepare(bound, to, parallel=Parallel(tp=2, pp=2))
+mark("plan")
+prepare.lay_out(prepared, None, None)
+mark("layout")
+times = {name: end - start for (_, start), (name, end) in zip(marks, marks[1:])}
+start = time.perf_counter()
+times["tensors"] = plan(path, to=to, parallel=Parallel(tp=2, pp=2)).report.tensors
+times["whole call"] = time.perf_counter() - start
+print(json.dumps(times))
+"""
+
+
+@dataclass
+class Direction:
+    """One conversion to measure. `source` is a model, or the direction that makes it."""
+
+    name: str
+    source: str
+    to: str
+    parallel: dict[str, int] = field(default_factory=dict)
+    dtype: str | None = None
+
+
+_RANKS = {"tp": 2, "pp": 2}
+DIRECTIONS = [
+    Direction("hf-megatron", "llama", "megatron", _RANKS),
+    Direction("megatron-hf", "hf-megatron", "huggingface"),
+    Direction("hf-legacy", "llama", "megatron-legacy", _RANKS),
+    Direction("legacy-hf", "hf-legacy", "huggingface"),
+    Direction("hf-trtllm", "llama", "trtllm", {"tp": 2}),
+    Direction("trtllm-hf", "hf-trtllm", "huggingface"),
+    Direction("megatron-tp4", "hf-megatron", "megatron", {"tp": 4}),
+    Direction("megatron-trtllm", "hf-megatron", "trtllm", {"tp": 2}),
+    Direction("gpt2-megatron", "gpt2", "megatron", _RANKS),
+    Direction("megatron-gpt2", "gpt2-megatron", "huggingface"),
+    Direction("cast-fp16-trtllm", "llama", "trtllm", {"tp": 2}, "float16"),
+]
+
+
+@dataclass
+class Row:
+    """What was measured of one direction. Times are medians, in seconds; memory is a maximum, in bytes."""
+
+    name: str
+    durable: bool
+    nbytes: int
+    cp: float
+    call: float
+    process: float
+    call_ratio: float
+    process_ratio: float
+    peak_anonymous: int
+    over_imports: int
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Every file below a directory."""
+    return (file for file in path.rglob("*") if file.is_file())
+
+
+def warm(path: Path) -> int:
+    """Read everything once, into the page cache. Returns the bytes."""
+    total = 0
+    buffer = bytearray(4 << 20)
+    for file in files_of(path):
+        with file.open("rb", buffering=0) as stream:
+            while n := stream.readinto(buffer):
+                total += n
+    return total
+
+
+def settle() -> None:
+    """Wait until (nearly) no page of the machine is dirty, so that both sides meet the same write-back."""
+    os.sync()
+    for _ in range(100):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        if sum(int(fields[key].split()[0]) for key in ("Dirty", "Writeback")) < 4096:
+            return
+        time.sleep(0.05)
+
+
+def copy(source: Path, target: Path, durable: bool) -> float:
+    """Seconds that `cp -r` takes, with an fsync of every file where `durable`."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    if durable:
+        for path in [*files_of(target), target, target.parent]:
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+    return time.perf_counter() - start
+
+
+def _watch(pid: int, stop: threading.Event, peak: list[int]) -> None:
+    """Keep the greatest anonymous memory of a process, sampled every 5 ms."""
+    while not stop.wait(0.005):
+        try:
+            text = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return
+        if "RssAnon:" in text:
+            peak[0] = max(peak[0], int(text.split("RssAnon:")[1].split()[0]) << 10)
+
+
+def convert(direction: Direction, source: Path, target: Path, durable: bool) -> tuple[float, float, int, int]:
+    """(seconds in the call, of the whole process, peak anonymous bytes, those over what the imports took)."""
+    arguments = [str(source), str(target), direction.to, direction.parallel, direction.dtype, durable]
+    stop, peak = threading.Event(), [0]
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-c", _CHILD, json.dumps(arguments)], stdout=subprocess.PIPE, text=True)
+    watcher = threading.Thread(target=_watch, args=(process.pid, stop, peak))
+    watcher.start()
+    output, _ = process.communicate()
+    seconds = time.perf_counter() - start
+    stop.set()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{direction.name} failed")
+    call, before = json.loads(output)
+    return call, seconds, peak[0], peak[0] - before
+
+
+def measure(direction: Direction, source: Path, scratch: Path, durable: bool, pairs: int) -> Row:
+    """Alternating runs of `cp` and of the conversion."""
+    nbytes = warm(source)
+    copies: list[float] = []
+    runs: list[tuple[float, float, int, int]] = []
+    target = scratch / "target"
+
+    def by_cp() -> None:
+        copies.append(copy(source, target, durable))
+
+    def by_us() -> None:
+        runs.append(convert(direction, source, target, durable))
+
+    for i in range(pairs):
+        for run in (by_cp, by_us) if i % 2 == 0 else (by_us, by_cp):
+            _clean(target)
+            warm(source)
+            settle()
+            run()
+    _clean(target)
+    cp, call, process = median(copies), median(r[0] for r in runs), median(r[1] for r in runs)
+    return Row(
+        direction.name, durable, nbytes, cp, call, process, call / cp, process / cp,
+        max(r[2] for r in runs), max(r[3] for r in runs),
+    )  # fmt: skip
+
+
+def _clean(target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+
+
+def build(name: str, directory: Path, size: int, made: dict[str, Path]) -> Path:
+    """The checkpoint that a direction reads: a model, or what another direction writes; kept from run to run."""
+    if name in made:
+        return made[name]
+    path = directory / f"{name}-{size >> 20}"
+    if name in ("llama", "gpt2"):
+        made[name] = models.write(path, *(models.llama(size) if name == "llama" else models.gpt2(size // 4)))
+    elif not path.exists():
+        direction = next(d for d in DIRECTIONS if d.name == name)
+        convert(direction, build(direction.source, directory, size, made), path, durable=False)
+    made[name] = path
+    return path
+
+
+def planning(directory: Path, to: str) -> dict[str, float]:
+    """Seconds of each step of planning more than 100,000 tensors."""
+    path = models.write(directory / "many", *models.many(), sparse=True)
+    output = subprocess.run([sys.executable, "-c", _PLAN, path, to], check=True, capture_output=True, text=True).stdout
+    times: dict[str, float] = json.loads(output)
+    return times
+
+
+def startup(times: int = 9) -> dict[str, float]:
+    """Median seconds over a bare interpreter's of an import and of the command's help."""
+    command = Path(sys.executable).with_name("registry")
+    runs: dict[str, list[str]] = {"bare": [sys.executable, "-c", "pass"]}
+    runs["import registry"] = [sys.executable, "-c", "import registry"]
+    if command.exists():
+        runs["registry --help"] = [str(command), "--help"]
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(times):
+        for name, argv in runs.items():
+            start = time.perf_counter()
+            done = subprocess.run(argv, capture_output=True, check=False)
+            found[name].append(time.perf_counter() - start if done.returncode == 0 else float("nan"))
+    bare = median(found.pop("bare"))
+    return {name: median(seconds) - bare for name, seconds in found.items()}
+
+
+def _table(rows: list[Row], plans: dict[str, dict[str, float]], starts: dict[str, float]) -> Iterator[str]:
+    yield f"{'direction':<18} {'durable':<8} {'MB':>6} {'cp s':>6} {'call s':>7} {'ratio':>6} {'process':>8} {'anon MiB':>9} {'over':>5}"
+    for r in rows:
+        yield (
+            f"{r.name:<18} {'yes' if r.durable else 'no':<8} {r.nbytes / 1e6:>6.0f} {r.cp:>6.2f} {r.call:>7.2f} {r.call_ratio:>6.2f} "
+            f"{r.process_ratio:>8.2f} {r.peak_anonymous / 2**20:>9.0f} {r.over_imports / 2**20:>5.0f}"
+        )
+    for to, times in plans.items():
+        tensors = times.pop("tensors")
+        yield f"plan to {to}, {tensors:.0f} tensors: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+    yield ", ".join(f"{name} {seconds:.2f} s" for name, seconds in starts.items())
+
+
+def _bytes(text: str) -> int:
+    units = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
+    unit = next((u for u in units if text.endswith(u)), None)
+    if unit is None:
+        raise argparse.ArgumentTypeError("a size such as 2GB")
+    return int(float(text.removesuffix(unit)) * units[unit])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and print one table or JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
+    parser.add_argument("--size", type=_bytes, default=_bytes("2.2GB"), help="bytes of the Llama (default 2.2GB)")
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir(), "registry-bench"), help="where models are kept")
+    parser.add_argument("--only", action="append", help=f"plan, start, or one of {', '.join(d.name for d in DIRECTIONS)}")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of each direction")
+    parser.add_argument("--durable", choices=["no", "yes", "both"], default="both", help="with syncing to the disk, or without")
+    parser.add_argument("--json", action="store_true", help="JSON in place of a table")
+    chosen = parser.parse_args(argv)
+    modes = {"no": [False], "yes": [True], "both": [False, True]}[chosen.durable]
+    wanted: Callable[[str], bool] = lambda name: not chosen.only or name in chosen.only  # noqa: E731
+    made: dict[str, Path] = {}
+    rows = []
+    with tempfile.TemporaryDirectory(dir=_made(chosen.dir)) as scratch:
+        for direction in filter(lambda d: wanted(d.name), DIRECTIONS):
+            source = build(direction.source, chosen.dir, chosen.size, made)
+            for durable in modes:
+                rows.append(measure(direction, source, Path(scratch), durable, chosen.pairs))
+                print(".", end="", file=sys.stderr, flush=True)
+    plans = {to: planning(chosen.dir, to) for to in ("megatron", "megatron-legacy", "trtllm") if wanted("plan")}
+    starts = startup() if wanted("start") else {}
+    print(file=sys.stderr)
+    if chosen.json:
+        found: dict[str, Any] = {"rows": [asdict(row) for row in rows], "planning": plans, "startup": starts}
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(_table(rows, plans, starts)))
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+if __name__ == "__main__":
+    main()

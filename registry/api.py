@@ -1,0 +1,183 @@
+"""The public functions, with their arguments checked. `registry/__init__.py` gives their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from registry import catalog
+from registry.parallel import Parallel
+from registry.storage import Rank
+from registry.validation import checked, rule
+
+if TYPE_CHECKING:
+    import torch
+
+    from registry.checkpoint import Checkpoint
+    from registry.conversion import PlanReport, Report
+    from registry.execute import Progress
+    from registry.inspection import Inspection
+    from registry.specs import ArchitectureSpec, FormatSpec
+    from registry.verification import Verification
+
+PathLike = str | os.PathLike[str]
+Config = PathLike | Mapping[str, Any]
+
+_known_format = rule(
+    "to names a known format (registry.formats() lists them)", lambda to: to in catalog.names("format")
+)
+_known_dtype = rule(
+    "dtype is a torch dtype or the name of one",
+    lambda dtype: dtype is None or isinstance(dtype, str) or type(dtype).__module__ == "torch",
+)
+_some_path = rule("source is not empty", lambda source: os.fspath(source) != "")
+_some_threads = rule("threads is at least 1", lambda threads: threads is None or threads >= 1)
+
+
+@checked(_known_format, _known_dtype, _some_path, _some_threads, rule("target is not empty", lambda target: os.fspath(target) != ""))
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    to: str,
+    parallel: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
+    config: Config | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    durable: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert the checkpoint at `source` into format `to` at `target`, a directory. One pass, constant memory.
+
+    source: a checkpoint directory; its format and architecture are detected.
+    parallel: the target's layout (tensor, pipeline, ... parallel sizes).
+    dtype: a torch dtype or its name that floating-point tensors are cast to.
+    config: a HuggingFace directory, config file or mapping, for a source that carries no config.
+    architecture: the model family (a HuggingFace model_type), where several fit.
+    options: choices of the target format; `registry formats --json` lists them.
+    overwrite: replace a target that is not empty.
+    durable: sync every file to the disk before the target appears under its name.
+    progress: called with (bytes done, bytes in all).
+
+    Raises CheckpointError, DetectionError or MappingError for the source, TargetError for the target, ArgumentError and
+    ParallelError for the arguments; all are RegistryError. What was at `target` before stays, or is replaced whole.
+    """
+    from registry.conversion import convert as run
+
+    return run(
+        source, target, to=to, parallel=parallel, dtype=dtype, config=config, architecture=architecture,
+        options=options, overwrite=overwrite, threads=threads, durable=durable, progress=progress,
+    )  # fmt: skip
+
+
+@checked(_known_format, _known_dtype, _some_path)
+def plan(
+    source: PathLike,
+    *,
+    to: str,
+    parallel: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
+    config: Config | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> PlanReport:
+    """What `convert` would do with the same arguments: files, bytes and copies. Reads headers only, writes nothing."""
+    from registry.conversion import plan as run
+
+    return run(
+        source, to=to, parallel=parallel, dtype=dtype, config=config, architecture=architecture, options=options
+    )  # fmt: skip
+
+
+@checked(_some_path)
+def open(source: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Checkpoint:  # noqa: A001
+    """Open a checkpoint lazily: its format, architecture, config, names and shapes, and a view in any format's terms."""
+    from registry.checkpoint import Checkpoint
+    from registry.source import load
+
+    return Checkpoint(load(source, config=config, architecture=architecture))
+
+
+@checked(_known_format, _known_dtype, _some_path)
+def stream(
+    source: PathLike,
+    *,
+    to: str = "huggingface",
+    parallel: Parallel | None = None,
+    rank: Rank | None = None,
+    dtype: str | torch.dtype | None = None,
+    config: Config | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in format `to`, for a live model or an inference engine.
+
+    In a format with files of every rank, `parallel` and `rank` say whose tensors are wanted.
+    """
+    from registry.checkpoint import stream as run
+    from registry.dtypes import dtype_name
+    from registry.source import load
+
+    loaded = load(source, config=config, architecture=architecture)
+    return run(loaded, to, parallel, rank, None if dtype is None else dtype_name(dtype), options)
+
+
+@checked(rule("a and b are not empty", lambda a, b: "" not in (os.fspath(a), os.fspath(b))))
+def verify(
+    a: PathLike, b: PathLike, *, config: Config | None = None, architecture: str | None = None
+) -> Verification:
+    """Compare two checkpoints, in any formats and layouts, by a digest of every logical tensor. Tolerance is zero.
+
+    The result is true where they are the same model, and lists every difference where they are not. `config` and
+    `architecture` are for a side that carries no config; where one side names them, they serve both.
+    """
+    from registry.source import load
+    from registry.verification import compare
+
+    sides = [load(path, config=_config_for(path, config), architecture=architecture) for path in (a, b)]
+    return compare(*sides)
+
+
+def _config_for(path: PathLike, config: Config | None) -> Config | None:
+    """A config given for both sides serves the one that has none of its own."""
+    if config is None:
+        return None
+    from registry.source import detect_format, local_path
+
+    spec = detect_format(local_path(path))
+    return None if spec.rules_from == "architecture" else config
+
+
+@checked(_some_path)
+def inspect(source: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Inspection:
+    """What a checkpoint holds: format, architecture, parameters, types, parallel layout, and what is odd about it."""
+    from registry.inspection import inspection
+    from registry.source import load
+
+    return inspection(load(source, config=config, architecture=architecture))
+
+
+def register(spec: str | os.PathLike[str] | Mapping[str, Any] | ArchitectureSpec | FormatSpec) -> str:
+    """Add an architecture or format spec for this process: a YAML file, plain data, or a model. Returns its name."""
+    return catalog.register(spec)
+
+
+def formats() -> list[str]:
+    """The names of the known formats."""
+    return catalog.names("format")
+
+
+def architectures() -> list[str]:
+    """The names of the known architectures, HuggingFace's model_types."""
+    return catalog.names("architecture")
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of spec files, for editors and other tools."""
+    from registry.specs import json_schema
+
+    return json_schema()

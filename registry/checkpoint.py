@@ -1,0 +1,186 @@
+"""open(): a checkpoint, lazily; any of its tensors in any format's terms; and a stream of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from registry import catalog
+from registry.dtypes import ITEMSIZE, torch_dtype
+from registry.errors import MappingError
+from registry.execute import assembler, check_replicas
+from registry.files import SourceFiles
+from registry.parallel import Parallel
+from registry.prepare import fitted, merged_options, prepare_target
+from registry.source import Source
+from registry.storage import Rank, slot_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from registry.boxes import Fragment
+
+
+class View(Mapping[str, "torch.Tensor"]):
+    """A checkpoint's tensors under the names and shapes of one format, read one by one when asked for.
+
+    Keys are stored names. In a format with files of every rank they are those of the rank `rank` (default: the first).
+    """
+
+    def __init__(
+        self, source: Source, to: str, parallel: Parallel | None = None, rank: Rank | None = None,
+        dtype: str | None = None, options: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        spec = catalog.format_spec(to)
+        layout, _ = fitted(spec, parallel or Parallel())
+        target, plan = prepare_target(source, spec, layout, merged_options(spec, options), dtype)
+        self.format, self.parallel = to, layout
+        self._source, self._slots, self._plan = source, target.slots, plan
+        self._by_name: dict[str, list[int]] = {}
+        self._sources = SourceFiles(source.opened.files)
+        self._assembler = assembler(plan, source.opened, self._sources, target.slots)
+        wanted = rank or Rank()
+        for i, slot in enumerate(target.slots):
+            if not spec.ranked or slot.rank == wanted:
+                self._by_name.setdefault(slot.name, []).append(i)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor. Nothing is read. Raises KeyError."""
+        slot = self._slots[self._by_name[name][0]]
+        return slot.shape if slot.whole is None else slot.whole
+
+    def dtype(self, name: str) -> str:
+        """The type of one tensor, by name. Nothing is read. Raises KeyError."""
+        return self._slots[self._by_name[name][0]].dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        shape, dtype = self.shape(name), self.dtype(name)
+        nbytes = math.prod(shape) * ITEMSIZE[dtype]
+        whole = torch.zeros(nbytes, dtype=torch.uint8)
+        buffer = memoryview(whole.numpy())
+        for i in self._by_name[name]:
+            slot = self._slots[i]
+            size = slot_bytes(slot)
+            if not size:
+                continue
+            if slot.shape == shape:
+                self._assembler.fill(buffer, i, 0, 0, nbytes)
+                continue
+            part = torch.zeros(size, dtype=torch.uint8)
+            self._assembler.fill(memoryview(part.numpy()), i, 0, 0, size)
+            box = tuple(slice(o, o + n) for o, n in zip(slot.origin or (), slot.shape, strict=True))
+            whole.view(torch_dtype(dtype)).view(shape)[box] = part.view(torch_dtype(dtype)).view(slot.shape)
+        return whole.view(torch_dtype(dtype)).view(shape)
+
+    def check_replicas(self) -> None:
+        """Compare what the source holds several times. Raises MappingError where copies differ."""
+        check_replicas(self._plan, self._source.opened, self._sources)
+
+    def __repr__(self) -> str:
+        return f"View({self.format!r}, {len(self)} tensors, {self.parallel})"
+
+
+class Checkpoint:
+    """A checkpoint on disk. Opening reads headers and metadata; tensors are read when asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def path(self) -> str:
+        """The directory that holds the checkpoint itself."""
+        return str(self._source.opened.path)
+
+    @property
+    def format(self) -> str:
+        """The name of its format."""
+        return self._source.spec.name
+
+    @property
+    def architecture(self) -> str:
+        """The model family, by its HuggingFace model_type."""
+        return self._source.architecture.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's HuggingFace config."""
+        return dict(self._source.hub_config)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the model, in no format's terms: layers, kv_heads, rope_theta, ..."""
+        return dict(self._source.model.facts)
+
+    @property
+    def parallel(self) -> Parallel:
+        """The layout that it was written at."""
+        return self._source.opened.parallel or Parallel()
+
+    @property
+    def iteration(self) -> int | None:
+        """The training step, where it is known."""
+        return self._source.opened.iteration
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its stored tensors, each once, in the order of the files."""
+        return list(dict.fromkeys(piece.name for piece in self._source.opened.pieces))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Stored tensor -> its shape (of the first rank that holds it)."""
+        found: dict[str, tuple[int, ...]] = {}
+        for piece in self._source.opened.pieces:
+            found.setdefault(piece.name, piece.shape if piece.whole is None else piece.whole)
+        return found
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Logical tensor -> its shape over its axes."""
+        return {name: self._source.model.shape(name) for name in self._source.model.tensors}
+
+    def view(
+        self, to: str, *, parallel: Parallel | None = None, rank: Rank | None = None,
+        dtype: str | None = None, options: Mapping[str, Any] | None = None,
+    ) -> View:  # fmt: skip
+        """The tensors in the terms of format `to`: a mapping from name to torch tensor. Raises MappingError."""
+        return View(self._source, to, parallel, rank, dtype, options)
+
+    def __repr__(self) -> str:
+        count = sum(math.prod(shape) for shape in self.tensors.values())
+        return f"Checkpoint({self.path!r}, {self.architecture}, {self.format}, {count:,} parameters)"
+
+
+def stream(source: Source, to: str, parallel: Parallel | None, rank: Rank | None, dtype: str | None,
+           options: Mapping[str, Any] | None) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """(name, tensor) of every tensor in the terms of format `to`, read one after the other."""
+    view = View(source, to, parallel, rank, dtype, options)
+    view.check_replicas()
+    for name in view:
+        yield name, view[name]
+
+
+def stored_names(source: Source, tensor: str, index: Mapping[str, int]) -> list[str]:
+    """Where a logical tensor (at one index of its named axes) is stored, for messages."""
+
+    def holds(fragment: Fragment) -> bool:
+        return source.model.home(fragment.tensor) == tensor
+
+    names: list[str] = []
+    for group in source.bound.groups:
+        if any(holds(f) for f in group.fragments):
+            for k, member in enumerate(group.members):
+                if all(int(column[k]) == index.get(axis, int(column[k])) for axis, column in group.index.items()):
+                    names.append(source.opened.pieces[int(member)].name)
+    if not names:
+        raise MappingError(f"{tensor} is stored nowhere", where=source.opened.path)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,155 @@
+"""verify(): are two checkpoints, in any two formats and layouts, the same model? By a digest of every logical tensor.
+
+A logical tensor's digest is taken over its bytes in canonical axis order, so it does not depend on how either side
+stores it. Tolerance is zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import Any
+
+import numpy as np
+from attrs import asdict, field, frozen
+
+from registry.bind import Group, collapse, named_axes
+from registry.boxes import Fragment, contiguous
+from registry.checkpoint import stored_names
+from registry.execute import TILE, Assembler, assembler, check_replicas
+from registry.files import SourceFiles
+from registry.planning import make_plan
+from registry.specs import Rule
+from registry.source import Source
+from registry.storage import Rank, Slot, slot_bytes
+
+
+@frozen
+class Difference:
+    """One logical tensor (at one index of the axes that names spell) in which two checkpoints differ."""
+
+    tensor: str
+    problem: str
+    stored: tuple[str, ...] = ()
+
+
+@frozen
+class Verification:
+    """The outcome of `verify`. True where the two are the same model."""
+
+    equal: bool
+    tensors: int
+    differences: tuple[Difference, ...] = ()
+    notes: tuple[str, ...] = ()
+    paths: tuple[str, str] = field(default=("", ""))
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.equal:
+            lines = [f"equal: {self.tensors} logical tensors, bit for bit"]
+        else:
+            lines = [f"different: {len(self.differences)} of {self.tensors} logical tensors"]
+            shown = collapse([f"{d.tensor}: {d.problem}" for d in self.differences])
+            lines += [f"  {line}" for line in shown]
+            lines += [f"  stored as {name}" for name in collapse([n for d in self.differences for n in d.stored], 6)]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def _canonical(source: Source) -> tuple[list[Group], list[Slot]]:
+    """A target that holds every logical tensor by itself, one slot for each index of the axes that names spell."""
+    model = source.model
+    spelled = {
+        tensor: [axis for axis, _ in named_axes(pattern)]
+        for pattern, rule in source.architecture.rules()
+        for tensor in rule.parsed.tensors
+    }
+    groups: list[Group] = []
+    slots: list[Slot] = []
+    for tensor, axes in model.tensors.items():
+        named = spelled[tensor]
+        inner = [axis for axis in axes if axis not in named]
+        size = tuple(model.sizes[axis] for axis in inner)
+        dtype = source.dtype_of(tensor)
+        fragment = Fragment(tensor, tuple(inner), (0,) * len(inner), size, contiguous(size), 0)
+        columns = list(product(*(range(model.sizes[axis]) for axis in named)))
+        index = np.array(columns, dtype=np.int64).reshape(len(columns), len(named))
+        first = len(slots)
+        slots += [Slot(".".join([tensor, *map(str, column)]), dtype, size, Rank()) for column in columns]
+        rule = Rule.model_construct(scale=1.0, offset=0.0, codec=None)
+        members = np.arange(first, len(slots), dtype=np.int64)
+        groups.append(
+            Group(tensor, rule, dtype, size, (fragment,), members, {a: index[:, k] for k, a in enumerate(named)})
+        )
+    return groups, slots
+
+
+def digests(source: Source) -> dict[str, tuple[str, str]]:
+    """Logical tensor with its index (`mlp.up.weight.3`) -> (its type and shape, the digest of its bytes).
+
+    Raises MappingError where tensors are missing or replicas differ.
+    """
+    groups, slots = _canonical(source)
+    plan = make_plan(source.bound, source.opened, groups, slots, source.model)
+    with SourceFiles(source.opened.files) as sources, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        check_replicas(plan, source.opened, sources)
+        filler = assembler(plan, source.opened, sources, slots)
+        hashes = pool.map(lambda i: _digest(filler, i, slot_bytes(slots[i])), range(len(slots)))
+        return {
+            slot.name: (f"{slot.dtype} {list(slot.shape)}", digest) for slot, digest in zip(slots, hashes, strict=True)
+        }
+
+
+def _digest(filler: Assembler, slot: int, nbytes: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    buffer = memoryview(bytearray(min(nbytes, TILE)))
+    for begin in range(0, nbytes, TILE):
+        end = min(begin + TILE, nbytes)
+        filler.fill(buffer[: end - begin], slot, 0, begin, end)
+        digest.update(buffer[: end - begin])
+    return digest.hexdigest()
+
+
+def compare(a: Source, b: Source) -> Verification:
+    """Compare two bound checkpoints by the digests of their logical tensors."""
+    left, right = digests(a), digests(b)
+    found = list(_differences(a, b, left, right))
+    notes = [f"config: {line}" for line in _config_differences(a.model.facts, b.model.facts)]
+    if a.architecture.name != b.architecture.name:
+        notes.append(f"architecture: {a.architecture.name} against {b.architecture.name}")
+    paths = (str(a.opened.path), str(b.opened.path))
+    return Verification(not found, len(left.keys() | right.keys()), tuple(found), tuple(notes), paths)
+
+
+def _differences(
+    a: Source, b: Source, left: Mapping[str, tuple[str, str]], right: Mapping[str, tuple[str, str]]
+) -> Iterator[Difference]:
+    for name in [*left, *(name for name in right if name not in left)]:
+        side = a if name in left else b
+        if name not in left or name not in right:
+            yield Difference(name, f"only in the {'first' if name in left else 'second'}", _stored(side, name))
+        elif left[name][0] != right[name][0]:
+            yield Difference(name, f"{left[name][0]} against {right[name][0]}", _stored(a, name))
+        elif left[name][1] != right[name][1]:
+            yield Difference(name, "the values differ", (*_stored(a, name), *_stored(b, name)))
+
+
+def _stored(source: Source, name: str) -> tuple[str, ...]:
+    tensor = next(t for t in sorted(source.model.tensors, key=len, reverse=True) if name == t or name.startswith(f"{t}."))
+    values = [int(step) for step in name[len(tensor) :].split(".") if step]
+    axes = source.model.tensors[tensor]
+    return tuple(stored_names(source, tensor, dict(zip(axes, values, strict=False))))
+
+
+def _config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted(a.keys() & b.keys() - {"dtype"}):
+        if a[key] != b[key]:
+            yield f"{key} is {a[key]!r} against {b[key]!r}"

@@ -142,9 +142,7 @@ class _ArgumentCheck:
 
 def _validators(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, Callable[[Any], Any]]:
     """For each parameter that can be checked: a function that gives the value to pass on, or a ValidationError."""
-    module = sys.modules.get(function.__module__)
-    # A generated __init__ has globals of its own, and the names in its annotations are those of its class's module.
-    namespace = {**(vars(module) if module else {}), **getattr(inspect.unwrap(function), "__globals__", {})}
+    namespace = getattr(inspect.unwrap(function), "__globals__", {})
     validators = {}
     for name, parameter in signature.parameters.items():
         try:
@@ -175,7 +173,7 @@ def _validator(parameter: inspect.Parameter, namespace: dict[str, Any]) -> Calla
 def _checkable(hint: Any) -> Any:
     """`hint` in terms that pydantic checks without iterating over, copying or looking into what is not plain data."""
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in _UNCHECKED or isinstance(origin, (TypeVar, typing.ParamSpecArgs, typing.ParamSpecKwargs)):
+    if origin in _UNCHECKED or isinstance(origin, (TypeVar, typing.ParamSpec)):
         return Any
     if origin in (typing.Union, types.UnionType):
         return typing.Union[tuple(map(_checkable, args))]  # noqa: UP007

@@ -1,0 +1,55 @@
+# make demo and make test do all of their own set-up, in .venv/.
+#   make PYTHON=python3.12 ...     another Python, 3.11 or later
+#   make PIP_ARGS="..." ...        more for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu,
+#                                  which gives torch without CUDA where the default index does not
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/installed
+
+# Everything is local: nothing may wait for a model hub.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Two test processes on two cores: more threads in each would only get in each other's way.
+test explore: export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test explore lint types bench wheel clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(RUN) docs/demo.py
+
+test: $(READY)
+	$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Looks for new counterexamples, where `make test` draws the same examples every time. Takes long.
+explore: $(READY)
+	HYPOTHESIS_PROFILE=explore $(RUN) -m pytest -n 2 --dist worksteal --timeout 3600 $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+
+types: $(READY)
+	$(RUN) -m mypy registry formats
+
+bench: $(READY)
+	$(RUN) -m benchmarks.bench $(BENCH_ARGS)
+
+wheel: $(READY)
+	$(RUN) -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find registry formats mappings tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
+
+# Installed again only when what is to be installed changes.
+$(READY): pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error Python 3.11 or later is needed and none was found; name one: make PYTHON=/path/to/python3.11))
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[test,megatron,dev]'
+	@touch $@

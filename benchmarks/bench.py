@@ -1,7 +1,9 @@
 """`python -m benchmarks.bench`: conversions against `cp` of the same bytes, memory, planning and start-up times.
 
-Both sides of a comparison start alike: the source in the page cache, no target, and no dirty pages. Runs of `cp` and of the
-library alternate, and the ratio is that of medians. A conversion is a process of its own, whose anonymous memory is
+Both sides of a comparison start alike: an unmeasured `cp` brings the source into the page cache and makes a virtual machine
+have the memory that the run is about to take (the first touch of a page that the host must find costs several times the
+copy), its target is removed again, and no page is dirty. Runs of `cp` and of the library alternate; the ratio is the median
+of the pairs' ratios. A conversion is a process of its own, whose anonymous memory is
 sampled from outside; its time is given in the call (`convert()` alone) and of the whole process.
 """
 
@@ -115,17 +117,6 @@ def files_of(path: Path) -> Iterator[Path]:
     return (file for file in path.rglob("*") if file.is_file())
 
 
-def warm(path: Path) -> int:
-    """Read everything once, into the page cache. Returns the bytes."""
-    total = 0
-    buffer = bytearray(4 << 20)
-    for file in files_of(path):
-        with file.open("rb", buffering=0) as stream:
-            while n := stream.readinto(buffer):
-                total += n
-    return total
-
-
 def settle() -> None:
     """Wait until (nearly) no page of the machine is dirty, so that both sides meet the same write-back."""
     os.sync()
@@ -179,7 +170,6 @@ def convert(direction: Direction, source: Path, target: Path, durable: bool) -> 
 
 def measure(direction: Direction, source: Path, scratch: Path, durable: bool, pairs: int) -> Row:
     """Alternating runs of `cp` and of the conversion."""
-    nbytes = warm(source)
     copies: list[float] = []
     runs: list[tuple[float, float, int, int]] = []
     target = scratch / "target"
@@ -192,14 +182,15 @@ def measure(direction: Direction, source: Path, scratch: Path, durable: bool, pa
 
     for i in range(pairs):
         for run in (by_cp, by_us) if i % 2 == 0 else (by_us, by_cp):
+            copy(source, target, durable=False)
             _clean(target)
-            warm(source)
             settle()
             run()
-    _clean(target)
-    cp, call, process = median(copies), median(r[0] for r in runs), median(r[1] for r in runs)
+            _clean(target)
+    ratios = [[run[k] / cp for run, cp in zip(runs, copies, strict=True)] for k in (0, 1)]
     return Row(
-        direction.name, durable, nbytes, cp, call, process, call / cp, process / cp,
+        direction.name, durable, sum(file.stat().st_size for file in files_of(source)), median(copies),
+        median(r[0] for r in runs), median(r[1] for r in runs), median(ratios[0]), median(ratios[1]),
         max(r[2] for r in runs), max(r[3] for r in runs),
     )  # fmt: skip
 

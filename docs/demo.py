@@ -38,12 +38,9 @@ WIDTH = 46
 problems: list[str] = []
 
 
-def row(step: str, files: object = "", size: int | None = None, seconds: float | None = None) -> None:
+def row(step: str, files: int, size: int, seconds: float, speed: str = "") -> None:
     """Print one line of the table."""
-    megabytes = "" if size is None else f"{size / 1e6:.1f} MB"
-    took = "" if seconds is None else f"{seconds:.2f} s"
-    speed = "" if size is None or not seconds else f"{size / seconds / 1e9:.2f} GB/s"
-    print(f"{step:<{WIDTH}}{files:>6}{megabytes:>12}{took:>10}{speed:>12}".rstrip(), flush=True)
+    print(f"{step:<{WIDTH}}{files:>6}{size / 1e6:>9.1f} MB{seconds:>8.2f} s{speed:>12}".rstrip(), flush=True)
 
 
 def check(what: str, right: bool, found: str) -> None:
@@ -67,16 +64,17 @@ def build(folder: Path) -> None:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40MB")
     made = files_of(folder)
     size = sum(path.stat().st_size for path in made.values())
-    row(f"build a Llama, {model.num_parameters() / 1e6:.1f} M parameters, bfloat16", len(made), size, time.perf_counter() - start)
+    parameters = f"{model.num_parameters() / 1e6:.1f} M parameters"
+    row(f"build a Llama, {parameters}, bfloat16", len(made), size, time.perf_counter() - start)
 
 
 def convert(step: str, source: Path, target: Path, to: str, **parallel: int) -> None:
     """Convert, print what it took, and compare the two checkpoints tensor by tensor."""
     report = registry.convert(source, target, to=to, parallel=registry.Parallel(**parallel))
-    row(step, report.files, report.nbytes, report.seconds)
+    row(step, report.files, report.nbytes, report.seconds, f"{report.nbytes / report.seconds / 1e9:.2f} GB/s")
     start = time.perf_counter()
     outcome = registry.verify(source, target)
     took = time.perf_counter() - start
@@ -128,7 +126,8 @@ def compare_ranks(original: Path, ranks: Path) -> None:
         "lm_head.weight": (LLAMA["vocab_size"] // 2, LLAMA["hidden_size"]),
     }
     wrong = [name for name, shape in shapes.items() for part in parts if tuple(part[name].shape) != shape]
-    check("rank files", not wrong, f"{len(parts[0])} tensors each" + "".join(f", {name} is of another shape" for name in wrong))
+    found = f"{len(parts[0])} tensors each" + "".join(f", {name} is of another shape" for name in wrong)
+    check("rank files", not wrong, found)
     same = True
     for layer in range(LLAMA["num_hidden_layers"]):
         ours, theirs = f"transformer.layers.{layer}.", f"model.layers.{layer}."

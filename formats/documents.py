@@ -45,11 +45,20 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant, object_pairs_hook=_unique)
         _depth(data, _MAX_DEPTH)
     except FileNotFoundError:
-        raise CheckpointError("a file is missing", where=path, hint="copy the checkpoint again, whole") from None
+        raise CheckpointError(
+            "a file is missing", where=path, expected=path.name, found="no such file",
+            hint="copy the checkpoint again, whole",
+        ) from None  # fmt: skip
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("not a readable JSON file", where=path, found=error) from None
+        raise CheckpointError(
+            "not a readable JSON file", where=path, expected="a JSON object", found=error,
+            hint="correct the file, or get it again",
+        ) from None  # fmt: skip
     if not isinstance(data, dict):
-        raise CheckpointError("a JSON object is expected", where=path, found=type(data).__name__)
+        raise CheckpointError(
+            "not a JSON object", where=path, expected='{"name": value, ...}', found=type(data).__name__,
+            hint="correct the file, or get it again",
+        )  # fmt: skip
     return data
 
 
@@ -64,12 +73,22 @@ def plain_name(name: object) -> bool:
 
 
 def side_files(directory: Path, leave: Iterable[str]) -> dict[str, Path]:
-    """The plain files of a directory that are not in `leave`: tokenizer, generation config and the like."""
+    """The plain files of a directory that are not in `leave`: tokenizer, generation config and the like.
+
+    A link is followed where it stays in the directory, or leads to the blobs of the hub's cache that this is a snapshot
+    in; a link to anywhere else could carry a file of the user's own into the target.
+    """
     left = set(leave)
+    root = directory.resolve()
+    within = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+
+    def stays(path: Path) -> bool:
+        return not path.is_symlink() or path.resolve().parent in within
+
     return {
         path.name: path
         for path in sorted(directory.iterdir())
-        if path.name not in left and not path.name.startswith(".") and path.is_file() and not path.is_symlink()
+        if path.name not in left and not path.name.startswith(".") and path.is_file() and stays(path)
     }
 
 

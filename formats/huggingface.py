@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from registry.errors import ArgumentError, CheckpointError
 from registry.storage import FilePlan, Laid, Opened, Piece, Request, Slot, slot_bytes
@@ -20,6 +20,8 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_PICKLED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 _OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|safetensors)$|.*\.(bin|safetensors)\.index\.json$")
 
 
@@ -27,20 +29,24 @@ class Container:
     """Opens and lays out HuggingFace directories."""
 
     def detect(self, path: Path) -> bool:
-        """A directory with an index or a model.safetensors."""
-        return (path / INDEX).is_file() or (path / SINGLE).is_file()
+        """A directory with an index or a model.safetensors; or with weights that only `open` can say is wrong with."""
+        if (path / INDEX).is_file() or (path / SINGLE).is_file():
+            return True
+        return path.is_dir() and any(_SHARD.fullmatch(p.name) or _PICKLED.fullmatch(p.name) for p in path.iterdir())
 
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read every header. Raises CheckpointError for whatever does not fit together."""
         index = documents.read_json(path / INDEX) if (path / INDEX).is_file() else None
+        if index is None and not (path / SINGLE).is_file():
+            _refuse_other_weights(path)
         names = [SINGLE] if index is None else _indexed_files(path, index)
         pieces: list[Piece] = []
         metadata: dict[str, dict[str, str]] = {}
         for i, name in enumerate(names):
             if not (path / name).is_file():
                 raise CheckpointError(
-                    "a file that the index names is missing" if index else "a file is missing",
-                    where=path / name, hint="download it again; every shard is needed",
+                    "a file that the index names is missing", where=path / name, expected=f"{len(names)} files",
+                    found="no such file", hint="download it again; every shard is needed",
                 )  # fmt: skip
             entries, metadata[name] = read_header(path / name)
             pieces += [Piece(key, e.dtype, e.shape, i, e.begin) for key, e in entries.items()]
@@ -77,14 +83,34 @@ class Container:
         return Laid(files, [where[slot.name] for slot in request.slots], small, copies)
 
 
+def _refuse_other_weights(path: Path) -> Never:
+    """Say what is wrong with a directory that has weights, but no index and no model.safetensors."""
+    names = sorted(p.name for p in path.iterdir())
+    if any(_SHARD.fullmatch(name) for name in names):
+        raise CheckpointError(
+            "the index of the shards is missing", where=path / INDEX, expected=INDEX,
+            found=", ".join(filter(_SHARD.fullmatch, names)), hint="download the index too",
+        )  # fmt: skip
+    raise CheckpointError(
+        "the weights are pickled, which is not safe to read", where=path, expected="safetensors files",
+        found=", ".join(filter(_PICKLED.fullmatch, names)),
+        hint="get the safetensors version of the model, or load it with transformers, if you trust who made it, and"
+        " write it with save_pretrained(..., safe_serialization=True)",
+    )  # fmt: skip
+
+
 def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
     weights = index.get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise CheckpointError("the index has no weight_map", where=path / INDEX, expected="tensor name -> file name")
+        raise CheckpointError(
+            "the index has no weight_map", where=path / INDEX, expected="a weight_map of tensor name -> file name",
+            found=", ".join(index) or "nothing", hint="download the index again",
+        )  # fmt: skip
     bad = [name for name in weights.values() if not documents.plain_name(name)]
     if bad:
         raise CheckpointError(
-            "the index names a file outside its directory", where=path / INDEX, found=repr(bad[0]),
+            "the index names a file outside its directory", where=path / INDEX,
+            expected="plain file names", found=repr(bad[0])[:200],
             hint="do not use this checkpoint unless you trust where it comes from",
         )  # fmt: skip
     return sorted(set(weights.values()))
@@ -95,7 +121,10 @@ def _check_index(path: Path, index: dict[str, Any], names: Sequence[str], pieces
     for piece in pieces:
         if piece.name in held:
             files = f"{held[piece.name]} and {names[piece.file]}"
-            raise CheckpointError("two files hold the same tensor", where=path, found=f"{piece.name} in {files}")
+            raise CheckpointError(
+                "two files hold the same tensor", where=path, expected="every tensor once",
+                found=f"{piece.name} in {files}", hint="download the directory again; the files are of several versions",
+            )  # fmt: skip
         held[piece.name] = names[piece.file]
     details = [f"{t}: the index says {f}, which does not hold it" for t, f in index["weight_map"].items() if held.get(t) != f]
     details += [f"{t}: in {f}, but not in the index" for t, f in held.items() if t not in index["weight_map"]]

@@ -19,47 +19,64 @@ from .pickles import Global, attributes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINT_VERSION = 3.0
-_ITERATION = re.compile(r"iter_(\d{7,})")
+_ITERATION = re.compile(r"iter_(\d{7,})|release")
 _NAMESPACE = Global("argparse", "Namespace")
 
 
 def find(path: Path, is_checkpoint: Callable[[Path], bool]) -> Path | None:
     """The checkpoint directory that `path` means: itself, or the one that its tracker file names.
 
-    Without a tracker a single iteration (or release) directory will do.
+    Without a tracker a single iteration (or release) directory will do. None where there is no checkpoint of this kind;
+    raises CheckpointError where there are some and it is not clear which is meant.
     """
     if is_checkpoint(path):
         return path
+    found = {p.name: p for p in sorted(path.iterdir()) if _ITERATION.fullmatch(p.name) and is_checkpoint(p)}
     tracker = path / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(errors="replace")[:64].strip()
-        if not (text == "release" or text.isdigit()):
-            raise CheckpointError(
-                "bad tracker file", where=tracker, expected="an iteration number or `release`", found=repr(text)
-            )
-        named = path / ("release" if text == "release" else f"iter_{int(text):07d}")
-        return named if is_checkpoint(named) else None
-    found = [p for p in sorted(path.iterdir()) if (p.name == "release" or _ITERATION.fullmatch(p.name)) and is_checkpoint(p)]
-    if len(found) > 1:
+    if not found:
+        return None
+    if not tracker.is_file():
+        if len(found) == 1:
+            return next(iter(found.values()))
         raise CheckpointError(
-            "several iterations and no tracker file", where=path, found=", ".join(p.name for p in found),
+            "several iterations and no tracker file", where=path, expected=TRACKER, found=", ".join(found),
             hint="name one of these directories",
         )  # fmt: skip
-    return found[0] if found else None
+    with tracker.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(64).strip()
+    name = f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
+    if name not in found:
+        raise CheckpointError(
+            "the tracker file names no checkpoint", where=tracker, expected=f"one of {', '.join(found)}",
+            found=repr(text), hint="name the directory of an iteration, or copy the one that the tracker names",
+        )  # fmt: skip
+    return found[name]
+
+
+def detect(path: Path, is_checkpoint: Callable[[Path], bool]) -> bool:
+    """Is there a checkpoint of this kind, clear or not?"""
+    try:
+        return path.is_dir() and find(path, is_checkpoint) is not None
+    except CheckpointError:
+        return True
 
 
 def directory(path: Path, is_checkpoint: Callable[[Path], bool], what: str) -> Path:
     """As `find`. Raises CheckpointError where there is none."""
     found = find(path, is_checkpoint)
     if found is None:
-        raise CheckpointError(f"no {what} here", where=path, hint="name the directory that holds the tracker file, or iter_*")
+        raise CheckpointError(
+            f"no {what} here", where=path, expected=f"{TRACKER} beside iter_* or release",
+            found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing",
+            hint="name the directory that holds the tracker file, or iter_*",
+        )  # fmt: skip
     return found
 
 
 def iteration(path: Path, state: Mapping[str, Any]) -> int | None:
     """The training step: from the directory's name, or from the state; None for a release."""
     match = _ITERATION.fullmatch(path.name)
-    if match:
+    if match and match[1]:
         return int(match[1])
     value = state.get("iteration")
     return value if path.name != "release" and type(value) is int and value > 0 else None

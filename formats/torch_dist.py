@@ -17,17 +17,18 @@ from registry.errors import CheckpointError
 from registry.storage import FilePlan, Laid, Opened, Piece, Request
 
 from . import documents, megatron_dirs, torchzip
-from .pickles import Call, Global, Size, attr, dumps, loads
+from .pickles import Call, Global, Size, attr, brief, dumps, loads
 
 METADATA = ".metadata"
 COMMON = "common.pt"
 _COMMON_ITEM = "common_state/shard_0_1"
 _MAX_METADATA = 4 << 30
+_AGAIN = "copy the checkpoint again, or use another iteration"
 _DCP = "torch.distributed.checkpoint.metadata"
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / METADATA).is_file()
+    return (path / METADATA).is_file() or (path.is_dir() and any(path.glob("__*.distcp")))
 
 
 class Container:
@@ -35,22 +36,30 @@ class Container:
 
     def detect(self, path: Path) -> bool:
         """A directory with `.metadata`, or one whose tracker names such a directory."""
-        try:
-            return path.is_dir() and megatron_dirs.find(path, _is_checkpoint) is not None
-        except CheckpointError:
-            return False
+        return megatron_dirs.detect(path, _is_checkpoint)
 
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read the metadata and the head of every item. Raises CheckpointError."""
         path = megatron_dirs.directory(path, _is_checkpoint, "torch_dist checkpoint")
         where = path / METADATA
+        if not where.is_file():
+            raise CheckpointError(
+                "the metadata is missing", where=where, expected=METADATA, found="only .distcp files",
+                hint="it is written last: the save did not end, or a copy left hidden files out",
+            )  # fmt: skip
         if where.stat().st_size > _MAX_METADATA:
-            raise CheckpointError("metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes")
+            raise CheckpointError(
+                "metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes",
+                found=f"{where.stat().st_size} bytes", hint=_AGAIN,
+            )  # fmt: skip
         metadata = loads(where.read_bytes(), where=str(where))
         stored = attr(metadata, "storage_data")
         tensors = attr(metadata, "state_dict_metadata")
         if not isinstance(stored, dict) or not isinstance(tensors, dict):
-            raise CheckpointError("not the metadata of a checkpoint", where=where)
+            raise CheckpointError(
+                "not the metadata of a checkpoint", where=where, expected="dictionaries of tensors and of where they lie",
+                found=f"{brief(tensors)} and {brief(stored)}", hint=_AGAIN,
+            )  # fmt: skip
         items = _items(path, stored)
         pieces, entries = _pieces(path, tensors, items)
         state = _state(path, items)
@@ -102,14 +111,27 @@ def _items(path: Path, stored: dict[Any, Any]) -> _Items:
         span = _whole_numbers((attr(info, "offset"), attr(info, "length")))
         origin = None if at is None else _whole_numbers(at)
         if not isinstance(name, str) or span is None or (at is not None and origin is None):
-            raise CheckpointError("bad entry in the metadata", where=path / METADATA, found=repr(name)[:200])
+            raise CheckpointError(
+                "bad entry in the metadata", where=path / METADATA, expected="a name, an offset and a length",
+                found=brief(name), hint=_AGAIN,
+            )  # fmt: skip
         if attr(info, "transform_descriptors", None):
-            raise CheckpointError("items are stored compressed", where=path / METADATA, found=name, hint="save without it")
+            raise CheckpointError(
+                "items are stored compressed", where=path / METADATA, expected="items as torch.save writes them",
+                found=name, hint="save without transform descriptors",
+            )  # fmt: skip
         if file not in index:
             if not documents.plain_name(file):
-                raise CheckpointError("the metadata names a file outside its directory", where=path / METADATA, found=repr(file))
+                raise CheckpointError(
+                    "the metadata names a file outside its directory", where=path / METADATA,
+                    expected="plain file names", found=brief(file),
+                    hint="do not use this checkpoint unless you trust where it comes from",
+                )  # fmt: skip
             if not (path / file).is_file():
-                raise CheckpointError("a file that the metadata names is missing", where=path / file, hint="copy it again")
+                raise CheckpointError(
+                    "a file that the metadata names is missing", where=path / file, expected=f"{file}, which holds {name}",
+                    found="no such file", hint="copy it again; the files of every rank are needed",
+                )  # fmt: skip
             index[file] = len(items.files)
             items.files.append(file)
             sizes.append((path / file).stat().st_size)
@@ -136,7 +158,10 @@ def _pieces(path: Path, tensors: dict[Any, Any], items: _Items) -> tuple[list[Pi
             for chunk in attr(stored, "chunks"):
                 origin, shape = _whole_numbers(attr(chunk, "offsets")), _whole_numbers(attr(chunk, "sizes"))
                 if size is None or origin is None or shape is None or not len(size) == len(origin) == len(shape):
-                    raise CheckpointError("bad chunk in the metadata", where=path / METADATA, found=name)
+                    raise CheckpointError(
+                        "bad chunk in the metadata", where=path / METADATA,
+                        expected="a size, offsets and sizes of as many dimensions", found=brief(name), hint=_AGAIN,
+                    )  # fmt: skip
                 pieces.append(_piece(path, str(name), size, origin, shape, items, handles))
     finally:
         for handle in handles.values():
@@ -149,13 +174,17 @@ def _piece(
     items: _Items, handles: dict[int, int],
 ) -> Piece:  # fmt: skip
     if any(o + n > whole for o, n, whole in zip(origin, shape, size, strict=True)):
-        raise CheckpointError("a chunk leaves its tensor", where=path / METADATA, found=f"{name}: {origin} + {shape} in {size}")
+        raise CheckpointError(
+            "a chunk leaves its tensor", where=path / METADATA, expected=f"chunks of {name} within {size}",
+            found=f"{shape} at {origin}", hint=_AGAIN,
+        )  # fmt: skip
     try:
         file, offset, length = items.where[name, origin]
     except KeyError:
         raise CheckpointError(
-            "the metadata does not say where a chunk lies", where=path / METADATA, found=f"{name} at {origin}"
-        ) from None
+            "the metadata does not say where a chunk lies", where=path / METADATA,
+            expected=f"a file and an offset for {name} at {origin}", found="no such entry", hint=_AGAIN,
+        ) from None  # fmt: skip
     if file not in handles:
         if len(handles) > 128:
             os.close(handles.pop(next(iter(handles))))
@@ -181,7 +210,10 @@ def _state(path: Path, items: _Items) -> dict[str, Any]:
         loaded = torchzip.read(where, base=offset, length=length, where=where).load()
         common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
     if not isinstance(common, dict):
-        raise CheckpointError("the common state is no dictionary", where=path, found=type(common).__name__)
+        raise CheckpointError(
+            "the common state is no dictionary", where=path / COMMON, expected="a dictionary", found=brief(common),
+            hint=_AGAIN,
+        )  # fmt: skip
     return common
 
 

@@ -5,6 +5,7 @@ Source: megatron/training/checkpointing.py (get_checkpoint_name, generate_state_
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from registry.parallel import Parallel
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
 
 from . import documents, megatron_dirs, torchzip
+from .pickles import brief
 
 FILE = "model_optim_rng.pt"
+_AGAIN = "copy the checkpoint again, or use another iteration"
 _DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
 
@@ -30,10 +33,7 @@ class Container:
 
     def detect(self, path: Path) -> bool:
         """A directory of mp_rank_* directories, or one whose tracker names such a directory."""
-        try:
-            return path.is_dir() and megatron_dirs.find(path, _is_checkpoint) is not None
-        except CheckpointError:
-            return False
+        return megatron_dirs.detect(path, _is_checkpoint)
 
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read the pickle of every rank's file; tensors stay where they are. Raises CheckpointError."""
@@ -44,7 +44,7 @@ class Container:
         arguments = megatron_dirs.arguments(first)
         parallel = megatron_dirs.parallel(arguments)
         ranks = {p: _rank(m, parallel, path) for m, p in found.items()}
-        parallel = _check_ranks(path, parallel, set(ranks.values()))
+        parallel = _check_ranks(path, parallel, ranks)
         pieces: list[Piece] = []
         entries: list[str] = []
         for i, (directory, state) in enumerate(states.items()):
@@ -118,7 +118,10 @@ def _archive(request: Request, rank: Rank, members: Sequence[int]) -> tuple[torc
 def _load(path: Path) -> dict[str, Any]:
     state = torchzip.read(path, where=str(path)).load()
     if not isinstance(state, dict):
-        raise CheckpointError("the file holds no dictionary", where=path, found=type(state).__name__)
+        raise CheckpointError(
+            "the file holds no dictionary", where=path, expected="a dictionary with a model", found=brief(state),
+            hint=_AGAIN,
+        )  # fmt: skip
     return state
 
 
@@ -133,19 +136,28 @@ def _rank(match: re.Match[str], parallel: Parallel, path: Path) -> Rank:
         raise CheckpointError(
             "a directory name lacks the expert rank", where=path / match[0], expected="mp_rank_TT_PPP_EEE",
             found=f"arguments with pp {parallel.pp} and ep {parallel.ep}",
+            hint="restore the names that Megatron gave the directories",
         )  # fmt: skip
     return Rank(tp=tp, ep=int(second)) if parallel.ep > 1 else Rank(tp=tp, pp=int(second))
 
 
-def _check_ranks(path: Path, parallel: Parallel, ranks: set[Rank]) -> Parallel:
-    tp, pp, ep = (1 + max(getattr(rank, dim) for rank in ranks) for dim in ("tp", "pp", "ep"))
-    tp, pp, ep = max(tp, parallel.tp), max(pp, parallel.pp), max(ep, parallel.ep)
-    missing = {Rank(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep)} - ranks
-    if missing:
-        found = Parallel(tp=tp, pp=pp, ep=ep)
+def _check_ranks(path: Path, parallel: Parallel, ranks: Mapping[Path, Rank]) -> Parallel:
+    """The layout that the arguments and the names give together. Raises CheckpointError unless every rank is there once."""
+    held = {rank: directory.name for directory, rank in ranks.items()}
+    twice = [f"{directory.name} and {held[rank]}" for directory, rank in ranks.items() if held[rank] != directory.name]
+    if twice:
         raise CheckpointError(
-            "files of some ranks are missing", where=path, expected=f"{tp * pp * ep} ranks ({found})",
-            found="without " + ", ".join(_name(rank, found) for rank in sorted(missing)[:8]),
+            "two directories of one rank", where=path, expected="one directory a rank", found="; ".join(twice[:8]),
+            hint="remove those that a save at another layout left",
+        )  # fmt: skip
+    tp, pp, ep = (max(parallel.size(dim), *(1 + getattr(rank, dim) for rank in held)) for dim in ("tp", "pp", "ep"))
+    if len(held) != tp * pp * ep:
+        layout = Parallel(tp=tp, pp=pp, ep=ep)
+        every = (Rank(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep))
+        missing = itertools.islice((rank for rank in every if rank not in held), 8)
+        raise CheckpointError(
+            "files of some ranks are missing", where=path, expected=f"{tp * pp * ep} ranks ({layout})",
+            found=f"{len(held)}, without " + ", ".join(_name(rank, layout) for rank in missing),
             hint="copy the files of every rank",
         )  # fmt: skip
     return Parallel(tp=tp, pp=pp, vpp=parallel.vpp, ep=ep)
@@ -156,11 +168,15 @@ def _read_model(
 ) -> None:
     chunks = {int(match[1] or 0): model for key, model in state.items() if (match := re.fullmatch(r"model(\d*)", str(key)))}
     if not chunks:
-        raise CheckpointError("the file holds no model", where=path, found=", ".join(map(str, state)))
+        raise CheckpointError(
+            "the file holds no model", where=path, expected="a key `model` or `model0`",
+            found=", ".join(map(brief, itertools.islice(state, 16))) or "no keys", hint=_AGAIN,
+        )  # fmt: skip
     for vpp, model in chunks.items():
         if not isinstance(model, dict) or isinstance(model.get("language_model"), dict):
             raise CheckpointError(
                 "a model from before megatron-core", where=path, expected="a flat dictionary of names to tensors",
+                found=brief(model) if not isinstance(model, dict) else "tensors nested in language_model",
                 hint="load and save it once with megatron-core 0.17 or earlier",
             )  # fmt: skip
         for name, value in model.items():

@@ -19,26 +19,30 @@ from . import documents
 from .safetensors_file import layout, read_header
 
 CONFIG = "config.json"
+_RANK = re.compile(r"rank\d+\.safetensors")
 
 
 class Container:
     """Opens and lays out TensorRT-LLM checkpoint directories."""
 
     def detect(self, path: Path) -> bool:
-        """A config.json beside a rank0.safetensors."""
-        return (path / "rank0.safetensors").is_file() and (path / CONFIG).is_file()
+        """A directory with the file of some rank; `open` says which are missing."""
+        return path.is_dir() and any(_RANK.fullmatch(p.name) for p in path.iterdir())
 
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read the config and every rank's header. Raises CheckpointError."""
         config = documents.read_json(path / CONFIG)
         tp, pp = (_size(path, config, key) for key in ("tp_size", "pp_size"))
         expected = {f"rank{i}.safetensors" for i in range(tp * pp)}
-        found = {p.name for p in path.iterdir() if re.fullmatch(r"rank\d+\.safetensors", p.name)}
+        found = {p.name for p in path.iterdir() if _RANK.fullmatch(p.name)}
         if expected != found:
             raise CheckpointError(
                 "the rank files do not fit the config's mapping", where=path,
                 expected=f"{tp * pp} files for tp_size {tp} x pp_size {pp}",
-                found=f"missing {sorted(expected - found)}, extra {sorted(found - expected)}",
+                found="; ".join(
+                    f"{what} {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
+                    for what, names in (("missing", expected - found), ("extra", found - expected)) if names
+                ),
                 hint="copy the checkpoint again, whole",
             )  # fmt: skip
         pieces, files = [], []
@@ -73,5 +77,8 @@ def _size(path: Path, config: dict[str, Any], key: str) -> int:
     mapping = config.get("mapping")
     value = mapping.get(key, 1) if isinstance(mapping, dict) else 1
     if type(value) is not int or not 1 <= value <= 1 << 16:
-        raise CheckpointError("bad mapping", where=path / CONFIG, expected=f"{key} as a positive number", found=repr(value))
+        raise CheckpointError(
+            "bad mapping", where=path / CONFIG, expected=f"{key} as a positive number", found=repr(value)[:200],
+            hint="correct the config, or get it again",
+        )  # fmt: skip
     return value

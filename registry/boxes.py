@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from attrs import frozen
 
@@ -19,6 +19,7 @@ from registry.layout import Axis, Layout, Node, Part, Product, Sum, holds
 
 if TYPE_CHECKING:
     import torch
+
 
 class Fragment(NamedTuple):
     """Where a box of one logical tensor lies in a stored piece.
@@ -40,7 +41,7 @@ class Fragment(NamedTuple):
 
 
 class _Along(NamedTuple):
-    """One logical tensor along one stored dimension: its base position, and (axis, lo, size, stride) outermost first."""
+    """One logical tensor along one stored dimension: its base, and (axis, lo, size, stride) outermost first."""
 
     base: int
     axes: tuple[tuple[str, int, int, int], ...]
@@ -98,7 +99,7 @@ class Box:
         except KeyError:
             known = ", ".join(sorted(self.sizes))
             raise LayoutError(f"axis {axis.name!r} has no size", found=f"sizes of {known}") from None
-        if axis.shard not in self.ranks:
+        if axis.shard is None or axis.shard not in self.ranks:
             return 0, size
         repeated = axis.name in self.replicate.get(axis.shard, ())
         return interval(size, *self.ranks[axis.shard], what=str(axis), replicate=repeated)
@@ -119,7 +120,7 @@ def node_size(node: Node, box: Box) -> int:
     if isinstance(node, Axis):
         return box.extent(node)[1]
     whole = _whole_size(node, box)
-    if node.cut in box.ranks:
+    if node.cut is not None and node.cut in box.ranks:
         return interval(whole, *box.ranks[node.cut], what=str(node))[1]
     return whole
 
@@ -146,7 +147,7 @@ def _along(node: Node, tensor: str, box: Box) -> list[_Along]:
                 break
             if box.has(part):
                 base += _product_size(part.factors, box)
-    if node.cut in box.ranks:
+    if node.cut is not None and node.cut in box.ranks:
         offset, size = interval(_whole_size(node, box), *box.ranks[node.cut], what=str(node))
         found = [piece for along in found for piece in _cut(along, offset, size)]
     return found
@@ -206,9 +207,7 @@ def fragments(
 
 def _cut(along: _Along, offset: int, size: int) -> list[_Along]:
     pieces = []
-    for boxes in clip(
-        along.base, [a[2] for a in along.axes], [a[3] for a in along.axes], offset, offset + size
-    ):
+    for boxes in clip(along.base, [a[2] for a in along.axes], [a[3] for a in along.axes], offset, offset + size):
         starts = [start for start, _ in boxes]
         base = along.base - offset + sum(i * a[3] for i, a in zip(starts, along.axes, strict=True))
         axes = tuple((a[0], a[1] + i, n, a[3]) for a, (i, n) in zip(along.axes, boxes, strict=True))
@@ -255,21 +254,34 @@ def views(layout: Layout, stored: torch.Tensor, sizes: Mapping[str, int]) -> dic
 
     `stored` is a torch tensor of shape `shape(layout, Box(sizes))`, of any strides. Raises LayoutError.
     """
-    expected = shape(layout, Box(sizes))
-    if tuple(stored.shape) != expected:
-        raise LayoutError("shape disagrees with the layout", where=str(layout), expected=expected, found=tuple(stored.shape))
+    expected, found = shape(layout, Box(sizes)), tuple(stored.shape)
+    if found != expected:
+        raise LayoutError("shape disagrees with the layout", where=layout, expected=expected, found=found)
     result: dict[str, torch.Tensor] = {}
     for fragment in fragments(layout, Box(sizes), strides=stored.stride()):
         result[fragment.tensor] = stored.as_strided(
             fragment.size, fragment.stride, stored.storage_offset() + fragment.offset
         )
+    for name in layout.tensors:
+        if name not in result:  # a tensor without elements
+            result[name] = stored.new_empty([sizes[axis] for axis in layout.axes[name]])
     return result
 
 
 def assemble(layout: Layout, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
-    """The inverse of `views`: the stored tensor made of logical ones (axes in stored order)."""
-    first: Any = next(iter(tensors.values()))
-    stored = first.new_zeros(shape(layout, Box(sizes)))
+    """The inverse of `views`: the stored tensor made of logical ones (axes in stored order). Raises LayoutError."""
+    if missing := [name for name in layout.tensors if name not in tensors]:
+        raise LayoutError("a stored tensor lacks parts", where=layout, found="no " + ", ".join(missing))
+    if len(types := {str(tensors[name].dtype) for name in layout.tensors}) > 1:
+        raise LayoutError(
+            "parts of one stored tensor have different types", where=layout, found=", ".join(sorted(types))
+        )
+    stored = tensors[layout.tensors[0]].new_zeros(shape(layout, Box(sizes)))
     for name, view in views(layout, stored, sizes).items():
+        expected, found = tuple(view.shape), tuple(tensors[name].shape)
+        if found != expected:
+            raise LayoutError(
+                f"shape of {name} disagrees with the layout", where=layout, expected=expected, found=found
+            )
         view.copy_(tensors[name])
     return stored

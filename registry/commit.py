@@ -1,8 +1,7 @@
 """Write a target so that a crash at any point leaves what was there before, or the whole new checkpoint.
 
-Everything is written into a hidden directory beside the target, synced, and renamed into place at the end. The directory
-is locked while it is written, so that of two runs to one target one is refused; what a dead run left is removed by the
-next.
+Everything is written into a hidden directory beside the target, synced, and renamed into place at the end. A lock file
+beside it keeps two runs from one target; what a dead run left is removed by the next.
 """
 
 from __future__ import annotations
@@ -16,23 +15,42 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from registry.errors import TargetError
+from registry.errors import CheckpointError, RegistryError, TargetError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+#: Some file systems have no locks (Lustre without `flock`, many FUSE ones): there nothing keeps two runs apart.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse a target that is the source, inside it, around it, or not empty. Raises TargetError."""
-    a, b = source.resolve(), target.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise TargetError(
-            "source and target overlap", where=target, found=f"source {source}", hint="choose a target outside the source"
-        )
-    if target.exists() and not target.is_dir():
-        raise TargetError("the target is a file", where=target, hint="name a directory")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise TargetError("the target is not empty", where=target, hint="choose another, or give overwrite=True (--overwrite)")
+    """Refuse a target that is the source, inside it, around it, a mount point, or not empty. Raises TargetError."""
+    try:
+        a, b = (Path(os.path.realpath(path)) for path in (source, target))
+        if a == b or a in b.parents or b in a.parents:
+            raise TargetError(
+                "source and target overlap", where=target, expected="two directories, neither inside the other",
+                found=f"source {source}", hint="choose a target outside the source",
+            )  # fmt: skip
+        if target.exists() and not target.is_dir():
+            raise TargetError(
+                "the target is no directory", where=target, expected="a directory, or nothing yet", found="a file",
+                hint="name a directory",
+            )  # fmt: skip
+        if target.is_dir() and any(target.iterdir()) and not overwrite:
+            raise TargetError(
+                "the target is not empty", where=target, expected="an empty directory, or nothing yet",
+                found=", ".join(sorted(path.name for path in target.iterdir())[:8]),
+                hint="choose another, or give overwrite=True (--overwrite)",
+            )  # fmt: skip
+        if target.is_mount():
+            raise TargetError(
+                "the target is a mount point, which cannot be replaced as a whole", where=target,
+                expected="a directory inside a file system", found="its root",
+                hint=f"choose a directory below {target}",
+            )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise _failed(target, error) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -51,75 +69,101 @@ def check_space(parent: Path, needed: int) -> None:
     if needed > free:
         raise TargetError(
             "the disk is too full", where=parent, expected=f"{needed} bytes free", found=f"{free} bytes free",
-            hint="free space or choose another target",
+            hint="free space or choose another target; what was there before is untouched",
         )  # fmt: skip
 
 
 @contextmanager
-def staged(target: Path, *, needed: int, durable: bool) -> Iterator[Path]:
+def staged(target: Path, *, needed: int, durable: bool, overwrite: bool = True) -> Iterator[Path]:
     """A directory to write into, which becomes `target` if the block ends well and is removed if it does not."""
-    parent = target.absolute().parent
-    stage = parent / f".{target.name}.partial"
+    target = Path(os.path.realpath(target))  # what a link points to is replaced, not the link
+    parent = target.parent
+    stage, aside = parent / f".{target.name}.partial", parent / f".{target.name}.partial.old"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        check_space(parent, needed)
-        stage.mkdir(exist_ok=True)
-        lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+        with _locked(parent / f".{target.name}.lock", target):
+            if aside.exists() and not target.exists():  # a run died between the two steps of `_exchange`
+                aside.rename(target)
+            _remove(aside)
+            _remove(stage)
+            check_space(parent, needed)
+            stage.mkdir()
+            try:
+                yield stage
+                _install(stage, target, durable, overwrite)
+            finally:  # what was not finished; or what was at the target before
+                shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
-        raise _failed(target, error) from error
-    try:
-        _lock(lock, stage, target)
-        try:
-            _empty(stage)
-            yield stage
-            _install(stage, target, durable)
-        except BaseException as error:
-            shutil.rmtree(stage, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise _failed(target, error) from error
-            raise
-    finally:
-        os.close(lock)
+        raise _failed(target, error, stage) from error
 
 
-def _failed(target: Path, error: OSError) -> TargetError:
+def _failed(target: Path, error: OSError | ValueError, stage: Path | None = None) -> RegistryError:
+    name = getattr(error, "filename", None)
+    found = getattr(error, "strerror", None) or str(error)
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else target
+    ours = stage is None or path == target or path in stage.parents or path.is_relative_to(stage)
+    if not (ours or path.name.startswith(f".{target.name}.")):
+        return CheckpointError(
+            "a file cannot be read", where=path, expected="to read it", found=found,
+            hint="check its permissions and that nothing changes it meanwhile; the target is untouched",
+        )  # fmt: skip
     return TargetError(
-        "the target cannot be written", where=error.filename or target, found=error.strerror or str(error),
+        "the target cannot be written", where=path, expected="to write there", found=found,
         hint="free space, check the permissions, or choose another target; what was there before is untouched",
     )  # fmt: skip
 
 
-def _lock(lock: int, stage: Path, target: Path) -> None:
+@contextmanager
+def _locked(path: Path, target: Path) -> Iterator[None]:
+    """Hold the lock file at `path`, which goes away with the lock. Raises TargetError if another run holds it.
+
+    A file, and open for writing: NFS locks no directory, and nothing that is only read.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            _flock(fd, target)
+            # Whoever held it before us may have removed the file after we opened it.
+            if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(fd)
+
+
+def _flock(fd: int, target: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise TargetError("another run is writing this target", where=target, hint="wait for it to end") from None
-    # The run that held the lock before may have renamed the directory away between our open and our lock.
-    if not stage.exists() or os.fstat(lock).st_ino != stage.stat().st_ino:
-        raise TargetError("another run has just written this target", where=target, hint="look at it, then try again")
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TargetError(
+            "another run is writing this target", where=target, expected="one run at a time", found="its lock is held",
+            hint="wait for it to end, or choose another target",
+        ) from None  # fmt: skip
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
-def _empty(stage: Path) -> None:
-    for path in stage.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _install(stage: Path, target: Path, durable: bool) -> None:
+def _install(stage: Path, target: Path, durable: bool, overwrite: bool) -> None:
     if durable:
         for directory, _, _ in os.walk(stage, topdown=False):
             sync_directory(Path(directory))
-    if target.is_dir() and any(target.iterdir()):
+    if overwrite and target.is_dir() and any(target.iterdir()):
         _exchange(stage, target)
-        if durable:
-            sync_directory(target.absolute().parent)
-        shutil.rmtree(stage)
     else:
-        os.replace(stage, target)
+        stage.replace(target)
     if durable:
-        sync_directory(target.absolute().parent)
+        sync_directory(target.parent)
 
 
 def _exchange(stage: Path, target: Path) -> None:
@@ -135,9 +179,13 @@ def _exchange(stage: Path, target: Path) -> None:
         if code not in (errno.ENOSYS, errno.EINVAL):
             raise OSError(code, os.strerror(code), str(target))
     aside = stage.with_name(stage.name + ".old")
-    os.replace(target, aside)
-    os.replace(stage, target)
-    os.replace(aside, stage)
+    target.rename(aside)
+    try:
+        stage.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    aside.rename(stage)
 
 
 def write_small(root: Path, small: Mapping[str, bytes], copies: Mapping[str, Path], *, durable: bool) -> int:

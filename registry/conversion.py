@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +60,16 @@ class Report:
         return "\n".join(lines)
 
 
-def _report(prepared: Prepared, target: Path | None, files: int, nbytes: int, seconds: float) -> Report:
+def _report(
+    prepared: Prepared, notes: Sequence[str], target: Path | None, files: int, nbytes: int, seconds: float
+) -> Report:
     source = prepared.source
     names = {(slot.rank if prepared.spec.ranked else None, slot.name) for slot in prepared.target.slots}
     return Report(
         str(source.opened.path), None if target is None else str(target), source.spec.name, prepared.spec.name,
         source.architecture.name, str(prepared.parallel), len(names), files, nbytes,
         sum(len(c.source) for c in prepared.plan.copies), seconds, dict(source.bound.variants),
-        dict(source.bound.left_out), prepared.notes,
+        dict(source.bound.left_out), (*prepared.notes, *notes),
     )  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def convert(
     prepared = prepare(
         load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
     )
-    laid = lay_out(prepared, options, cast)
+    laid, notes = lay_out(prepared, options, cast)
     needed = sum(file.size for file in laid.files) + sum(len(data) for data in laid.small.values())
     with staged(goal, needed=needed, durable=durable) as stage:
         nbytes = write_small(stage, laid.small, laid.copies, durable=durable)
@@ -113,7 +115,7 @@ def convert(
         )  # fmt: skip
     files = len(laid.files) + len(laid.small) + len(laid.copies)
     nbytes += sum(file.size for file in laid.files)
-    return _report(prepared, goal, files, nbytes, time.perf_counter() - start)
+    return _report(prepared, notes, goal, files, nbytes, time.perf_counter() - start)
 
 
 @frozen(eq=False)
@@ -168,8 +170,8 @@ def plan(
     prepared = prepare(
         load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
     )
-    laid = lay_out(prepared, options, cast)
+    laid, notes = lay_out(prepared, options, cast)
     files = {file.path: file.size for file in laid.files} | {name: len(data) for name, data in laid.small.items()}
     files |= {name: os.stat(path).st_size for name, path in laid.copies.items()}
-    report = _report(prepared, None, len(files), sum(files.values()), time.perf_counter() - start)
+    report = _report(prepared, notes, None, len(files), sum(files.values()), time.perf_counter() - start)
     return PlanReport(report, files, prepared.plan, prepared)

@@ -1,8 +1,8 @@
 """Small expressions over named facts, as specs use them: `heads // kv_heads`, `tied_embeddings and pp > 1`.
 
-The grammar is a closed subset of Python's expressions, walked by hand: numbers, strings, lists, names, dotted fields,
-arithmetic (no powers; `+` also joins strings), comparisons, `and/or/not`, `a if c else b`, and the functions in `FUNCTIONS`. A name that the
-environment lacks is None, and so is a field of None. Nothing is ever compiled or executed.
+The grammar is a closed subset of Python's expressions, walked by hand: numbers, strings, lists, mappings, names, dotted fields,
+arithmetic (no powers; `+` also joins strings), comparisons, `and/or/not`, `a if c else b`, and the functions in
+`FUNCTIONS`. A name that the environment lacks is None, and so is a field of None. Nothing is ever compiled or executed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def _ceil_to(size: int, multiple: int) -> int:
 
 
 def _omit(table: Mapping[str, Any] | None, *keys: str) -> dict[str, Any] | None:
+    if table is not None and not isinstance(table, Mapping):
+        raise TypeError(f"omit() of {table!r}")
     return None if table is None else {k: v for k, v in table.items() if k not in keys}
 
 
@@ -80,7 +82,7 @@ class Expression:
         """Evaluate. Raises SpecError, which quotes the expression."""
         try:
             return _evaluate(self.tree, env)
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             known = ", ".join(f"{name}={env.get(name)!r}" for name in sorted(self.names))
             raise SpecError(f"cannot evaluate {self.text!r}: {error}", found=known) from error
 
@@ -103,11 +105,13 @@ def _check(node: ast.expr, text: str) -> set[str]:
     match node:
         case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
             return set()
-        case ast.Name(id=name):
+        case ast.Name(id=name) if not name.startswith("__"):
             return set() if name in _CONSTANTS else {name}
-        case ast.Attribute(value=value):
+        case ast.Attribute(value=value, attr=attr) if not attr.startswith("__"):
             return _check(value, text)
         case ast.List(elts=items) | ast.Tuple(elts=items) | ast.BoolOp(values=items):
+            return set().union(*(_check(item, text) for item in items))
+        case ast.Dict(keys=keys, values=items) if all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in keys):
             return set().union(*(_check(item, text) for item in items))
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
             return _check(operand, text)
@@ -140,6 +144,9 @@ def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
             return _field(_evaluate(value, env), attr)
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_evaluate(item, env) for item in items]
+        case ast.Dict(keys=keys, values=items):
+            names = [key.value for key in keys if isinstance(key, ast.Constant)]
+            return {name: _evaluate(item, env) for name, item in zip(names, items, strict=True)}
         case ast.BoolOp(op=op, values=items):
             for item in items:
                 result = _evaluate(item, env)
@@ -158,9 +165,9 @@ def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
             return _BINARY[type(op)](a, b)
         case ast.Compare(left=left, ops=ops, comparators=others):
             a = _evaluate(left, env)
-            for op, other in zip(ops, others, strict=True):
+            for comparison, other in zip(ops, others, strict=True):
                 b = _evaluate(other, env)
-                if not _COMPARE[type(op)](a, b):
+                if not _COMPARE[type(comparison)](a, b):
                     return False
                 a = b
             return True

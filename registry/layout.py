@@ -8,7 +8,8 @@ that its label names. Products and sums nest. `1` is a dimension of size one tha
 starts with the name of its one tensor: `mlp.down.weight: hidden ffn@tp`.
 
 `axis@tp` says that the parallel dimension `tp` partitions the axis: a rank stores the same layout on its own interval.
-`(...)@tp` says that this stretch is cut into equal parts, whatever the axes inside (query heads of one group on two ranks).
+`(...)@tp` says that this stretch is cut into equal parts, whatever the axes inside (query heads of one group on two
+ranks).
 
 This module parses, checks and prints; `registry.boxes` evaluates a layout on sizes.
 """
@@ -23,17 +24,21 @@ from attrs import field, frozen
 
 from registry.errors import LayoutError
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][\w.]*)|(?P<one>1(?!\w))|(?P<mark>[()\[\]|:@]))")
+_TOKEN = re.compile(r"\s*(?:(?P<name>[^\W\d][\w.]*)|(?P<one>1(?!\w))|(?P<mark>[()\[\]|:@]))")
 MAX_LENGTH = 4096
 MAX_DEPTH = 16
 
 
 @frozen
 class Axis:
-    """A named axis; `shard` is the parallel dimension that partitions it, if any."""
+    """A named axis; `shard` is the parallel dimension that partitions it, if any.
+
+    `at`, here and in every other node, is where the node stands in the text, for errors.
+    """
 
     name: str
     shard: str | None = None
+    at: int = field(default=0, eq=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.shard}" if self.shard else self.name
@@ -45,6 +50,7 @@ class Product:
 
     factors: tuple[Node, ...]
     cut: str | None = None
+    at: int = field(default=0, eq=False, repr=False)
 
     def __str__(self) -> str:
         inner = " ".join(str(factor) for factor in self.factors)
@@ -58,6 +64,7 @@ class Part:
 
     label: str | None
     factors: tuple[Node, ...]
+    at: int = field(default=0, eq=False, repr=False)
 
     def __str__(self) -> str:
         inner = " ".join(str(factor) for factor in self.factors)
@@ -70,6 +77,7 @@ class Sum:
 
     parts: tuple[Part, ...]
     cut: str | None = None
+    at: int = field(default=0, eq=False, repr=False)
 
     def __str__(self) -> str:
         return "[" + " | ".join(str(part) for part in self.parts) + "]" + (f"@{self.cut}" if self.cut else "")
@@ -109,7 +117,7 @@ class Layout:
 
     def sharded_over(self) -> set[str]:
         """Every parallel dimension that the layout names."""
-        return {*self.shards().values(), *self.cuts()}
+        return {axis.shard for axis in _walk_axes(self.dims) if axis.shard} | self.cuts()
 
     def prepend(self, axis: Axis) -> Layout:
         """This layout with one more leading dimension (stacked layers)."""
@@ -136,15 +144,19 @@ def _cuts(nodes: tuple[Node, ...]) -> Iterator[str]:
                 yield from _cuts(inner)
 
 
-def _labels(nodes: tuple[Node, ...]) -> Iterator[str]:
+def _labelled(nodes: tuple[Node, ...]) -> Iterator[Part]:
     for node in nodes:
         if isinstance(node, Product):
-            yield from _labels(node.factors)
+            yield from _labelled(node.factors)
         elif isinstance(node, Sum):
             for part in node.parts:
                 if part.label:
-                    yield part.label
-                yield from _labels(part.factors)
+                    yield part
+                yield from _labelled(part.factors)
+
+
+def _labels(nodes: tuple[Node, ...]) -> Iterator[str]:
+    return (str(part.label) for part in _labelled(nodes))
 
 
 def holds(part: Part, tensor: str) -> bool:
@@ -152,17 +164,21 @@ def holds(part: Part, tensor: str) -> bool:
     return part.label == tensor or tensor in _labels(part.factors)
 
 
-def path(nodes: tuple[Node, ...], tensor: str) -> Iterator[Axis]:
-    """The axes of `tensor`, in stored order."""
+def _on_path(nodes: tuple[Node, ...], tensor: str) -> Iterator[Node]:
+    """The nodes that `tensor` goes through, outer ones first."""
     for node in nodes:
-        if isinstance(node, Axis):
-            yield node
-        elif isinstance(node, Product):
-            yield from path(node.factors, tensor)
-        else:
+        yield node
+        if isinstance(node, Product):
+            yield from _on_path(node.factors, tensor)
+        elif isinstance(node, Sum):
             for part in node.parts:
                 if holds(part, tensor):
-                    yield from path(part.factors, tensor)
+                    yield from _on_path(part.factors, tensor)
+
+
+def path(nodes: tuple[Node, ...], tensor: str) -> Iterator[Axis]:
+    """The axes of `tensor`, in stored order."""
+    return (node for node in _on_path(nodes, tensor) if isinstance(node, Axis))
 
 
 @lru_cache(maxsize=4096)
@@ -177,7 +193,8 @@ def parse(text: str) -> Layout:
 
 
 def _fail(text: str, at: int, problem: str, hint: str | None = None) -> LayoutError:
-    return LayoutError(problem, where=f"\n    {text}\n    {' ' * at}^", hint=hint)
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return LayoutError(problem, where=f"\n    {line}\n    {' ' * at}^", hint=hint)
 
 
 class _Parser:
@@ -202,13 +219,16 @@ class _Parser:
     def kind(self) -> str:
         return self.tokens[self.position][0]
 
+    def at(self) -> int:
+        return self.tokens[self.position][2]
+
     def take(self) -> str:
         token = self.tokens[self.position][1]
         self.position += 1
         return token
 
     def error(self, problem: str, hint: str | None = None) -> LayoutError:
-        return _fail(self.text, self.tokens[self.position][2], problem, hint)
+        return _fail(self.text, self.at(), problem, hint)
 
     def layout(self) -> Layout:
         label = self.label()
@@ -238,30 +258,29 @@ class _Parser:
                         f"label {self.peek()!r} in the middle of a product",
                         "a label opens a layout or a part of a sum: `[label: axes | label: axes]`",
                     )
-                nodes.append(Axis(self.take(), self.suffix()))
+                at = self.at()
+                nodes.append(Axis(self.take(), self.suffix(), at))
             else:
                 nodes.append(self.group(depth))
         return tuple(nodes)
 
     def group(self, depth: int) -> Node:
-        opened = self.take()
-        node: Node
-        if opened == "(":
+        at = self.at()
+        if self.take() == "(":
             inner = self.factors(depth + 1)
             self.close(")")
-            node = Product(inner)
-        else:
-            parts = [self.part(depth)]
-            while self.peek() == "|":
-                self.take()
-                parts.append(self.part(depth))
-            self.close("]")
-            node = Sum(tuple(parts))
-        cut = self.suffix()
-        return Product(node.factors, cut) if isinstance(node, Product) else Sum(node.parts, cut)
+            cut = self.suffix()
+            return inner[0] if len(inner) == 1 and not cut else Product(inner, cut, at)
+        parts = [self.part(depth)]
+        while self.peek() == "|":
+            self.take()
+            parts.append(self.part(depth))
+        self.close("]")
+        return Sum(tuple(parts), self.suffix(), at)
 
     def part(self, depth: int) -> Part:
-        return Part(self.label(), self.factors(depth + 1))
+        at = self.at()
+        return Part(self.label(), self.factors(depth + 1), at)
 
     def close(self, mark: str) -> None:
         if self.peek() != mark:
@@ -278,51 +297,52 @@ class _Parser:
 
 
 def _check(layout: Layout, text: str) -> None:
-    def fail(problem: str, word: str, hint: str | None = None) -> LayoutError:
-        return _fail(text, max(text.find(word), 0), problem, hint)
-
+    start = len(text) - len(text.lstrip())
     sums = _independent_sums(layout.dims)
     if layout.label and sums:
-        raise fail("a layout with a sum takes its labels from the parts, not from the front", layout.label)
+        raise _fail(text, start, "a layout with a sum takes its labels from the parts, not from the front")
     if not layout.label and not sums:
-        raise _fail(text, 0, "no tensor is named", "write `tensor.name: axes`, or label the parts of a sum")
-    if sums > 1:
-        raise fail(
+        raise _fail(text, start, "no tensor is named", "write `tensor.name: axes`, or label the parts of a sum")
+    if len(sums) > 1:
+        raise _fail(
+            text,
+            sums[1].at,
             "two sums side by side leave the off-diagonal blocks to no tensor",
-            "[",
             "nest one sum inside a part of the other, or drop one",
         )
     _check_parts(layout.dims, text)
-    if len(set(layout.tensors)) != len(layout.tensors):
-        double = next(t for t in layout.tensors if layout.tensors.count(t) > 1)
-        raise fail(f"tensor {double!r} appears twice", double)
-    for tensor, axes in layout.axes.items():
-        if len(set(axes)) != len(axes):
-            double = next(a for a in axes if axes.count(a) > 1)
-            raise fail(f"axis {double!r} appears twice in tensor {tensor!r}", double)
-    _check_cuts(layout.dims, frozenset(), text)
+    parts = list(_labelled(layout.dims))
+    for i, part in enumerate(parts):
+        if part.label in [before.label for before in parts[:i]]:
+            raise _fail(text, part.at, f"tensor {part.label!r} appears twice")
+    for tensor in layout.tensors:
+        _check_path(list(_on_path(layout.dims, tensor)), tensor, text)
 
 
-def _check_cuts(nodes: tuple[Node, ...], outer: frozenset[str], text: str) -> None:
-    """A stretch that is cut must not be partitioned over the same ranks once more inside."""
+def _check_path(nodes: list[Node], tensor: str, text: str) -> None:
+    """A tensor has each axis once, and ranks partition it once: two shards leave blocks that no rank stores."""
+    axes: set[str] = set()
+    shards: set[str] = set()
     for node in nodes:
-        own = node.shard if isinstance(node, Axis) else node.cut
-        if own in outer:
-            raise _fail(text, text.find("@"), f"{own!r} shards a stretch and also something inside it")
-        if not isinstance(node, Axis):
-            below = outer | {own} if own else outer
-            for inner in (node.factors,) if isinstance(node, Product) else (part.factors for part in node.parts):
-                _check_cuts(inner, below, text)
+        if isinstance(node, Axis) and node.name in axes:
+            raise _fail(text, node.at, f"axis {node.name!r} appears twice in tensor {tensor!r}")
+        shard = node.shard if isinstance(node, Axis) else node.cut
+        if shard in shards:
+            raise _fail(text, node.at, f"{shard!r} shards tensor {tensor!r} twice")
+        axes |= {node.name} if isinstance(node, Axis) else set()
+        shards |= {shard} if shard else set()
 
 
-def _independent_sums(nodes: tuple[Node, ...]) -> int:
-    count = 0
+def _independent_sums(nodes: tuple[Node, ...]) -> list[Sum]:
+    """Sums that no other sum holds, or those of the part of a sum that has most of them."""
+    found: list[Sum] = []
     for node in nodes:
         if isinstance(node, Product):
-            count += _independent_sums(node.factors)
+            found += _independent_sums(node.factors)
         elif isinstance(node, Sum):
-            count += max(1, *(_independent_sums(part.factors) for part in node.parts))
-    return count
+            inner = max((_independent_sums(part.factors) for part in node.parts), key=len)
+            found += inner if len(inner) > 1 else [node]
+    return found
 
 
 def _check_parts(nodes: tuple[Node, ...], text: str) -> None:
@@ -333,7 +353,7 @@ def _check_parts(nodes: tuple[Node, ...], text: str) -> None:
             for part in node.parts:
                 nested = bool(list(_labels(part.factors)))
                 if part.label and nested:
-                    raise _fail(text, text.find(part.label), f"part {part.label!r} has labelled parts of its own")
+                    raise _fail(text, part.at, f"part {part.label!r} has labelled parts of its own")
                 if not part.label and not nested:
-                    raise _fail(text, text.find("["), "a part of a sum names no tensor", "write `[label: axes | ...]`")
+                    raise _fail(text, part.at, "a part of a sum names no tensor", "write `[label: axes | ...]`")
                 _check_parts(part.factors, text)

@@ -19,11 +19,11 @@ class Stage(NamedTuple):
     pp: int
     vpp: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not needed here
 
 
 def _sizes(pp: int | Sequence[int]) -> tuple[int, ...] | None:
-    return None if isinstance(pp, int) else tuple(pp)
+    return tuple(pp) if isinstance(pp, Sequence) and not isinstance(pp, str | bytes) else None
 
 
 @frozen(init=False)
@@ -69,7 +69,7 @@ class Parallel:
         if problems:
             raise ArgumentError("bad parallel layout", details=problems)
         stages = pp if isinstance(pp, int) else len(layers or ()) // vpp
-        self.__attrs_init__(tp, stages, vpp, ep, etp, cp, dp, layers)  # type: ignore[attr-defined]
+        self.__attrs_init__(tp, stages, vpp, ep, etp, cp, dp, layers)
 
     def size(self, dimension: str) -> int:
         """How many ranks there are along `dimension`."""

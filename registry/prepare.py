@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +12,7 @@ from attrs import frozen
 from registry import catalog
 from registry.dtypes import is_float
 from registry.errors import ArgumentError, MappingError
-from registry.model import config_map, format_rules, write_document
+from registry.model import config_map, format_rules, read_facts, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
 from registry.specs import FormatSpec
@@ -106,22 +106,21 @@ def prepare(
     return Prepared(source, spec, layout, target, plan, (*source.notes, *notes))
 
 
-def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> Laid:
-    """Ask the target's container where everything goes."""
+def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Laid, list[str]]:
+    """Ask the target's container where everything goes; notes on facts that the target's own config cannot say."""
     source, spec = prepared.source, prepared.spec
     chosen = merged_options(spec, options)
-    facts = dict(source.model.facts)
-    if dtype is not None or facts.get("dtype") is None:
-        facts["dtype"] = dtype or source.dtype
-    hub = source.architecture.config
-    hub_config = write_document(facts, hub, facts, source.hub_config) if facts != source.model.facts else source.hub_config
-    env = {**chosen, **prepared.parallel.env(), "dtype": dtype or source.dtype}
+    facts = {**source.model.facts, "dtype": dtype or source.dtype}
+    hub_config = source.hub_config
+    if dtype is not None:
+        hub_config = write_document({"dtype": dtype}, source.architecture.config, facts, hub_config)
+    env = {**chosen, **prepared.parallel.env(), "dtype": facts["dtype"]}
     if spec.rules_from == "architecture":
         document = hub_config
     else:
         same_kind = spec.container == source.spec.container or spec.config.facts == source.spec.config.facts
         base = source.opened.document if same_kind else {}
-        document = write_document({**facts, "dtype": env["dtype"]}, config_map(spec, source.architecture), env, base)
+        document = write_document(facts, config_map(spec, source.architecture), env, base)
     manifest = {
         "version": MANIFEST_VERSION,
         "written_by": f"checkpoint-registry {library_version()}",
@@ -135,4 +134,19 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         source.opened.iteration if spec.parallel and source.spec.parallel else None,
         (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(), hub_config, source.opened.side_files,
     )  # fmt: skip
-    return catalog.container(spec.container).lay_out(request)
+    return catalog.container(spec.container).lay_out(request), list(_unsaid(source, spec, document))
+
+
+#: Facts whose loss changes nothing that a model computes.
+_HARMLESS = {"vocab_size", "dtype", "initializer_range"}
+
+
+def _unsaid(source: Source, spec: FormatSpec, document: Mapping[str, Any]) -> Iterator[str]:
+    """A round trip of tensors does not see what a config loses; so it is said."""
+    said = read_facts(document, config_map(spec, source.architecture))
+    for name, value in source.model.facts.items():
+        if name in _HARMLESS or name not in source.architecture.config.facts:
+            continue
+        if value and said.get(name) != value:
+            what = f"says {said[name]!r}" if said.get(name) is not None else "has no place for it"
+            yield f"{name} is {value!r}, but {spec.name}'s own config {what} (it travels along in the source's config)"

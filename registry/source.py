@@ -157,6 +157,7 @@ def _bind(
     opened: Opened, spec: FormatSpec, architecture: ArchitectureSpec, hub: dict[str, Any] | None, *, strict: bool = False
 ) -> Source:
     facts, hub_config, notes = _facts(opened, spec, architecture, hub, strict)
+    known = bool(hub or spec.rules_from == "architecture")
     model = logical_model(architecture, facts)
     options = {
         name: (expressions.parse(option.read)(opened.document) if option.read else None) for name, option in spec.options.items()
@@ -167,6 +168,10 @@ def _bind(
     if strict and bound.missing:
         raise MappingError("tensors are missing", details=bound.missing[:5])
     dtypes, dominant = _dtypes(bound, opened, model)
+    if not known:
+        hub_config = write_document({"dtype": dominant}, architecture.config, model.facts, hub_config)
+        if bound.padded and "vocab_size" not in opened.state:
+            notes.append("no config says the true vocabulary: the padded size is taken (give config= to cut the padding)")
     return Source(
         opened, spec, architecture, model, bound, options, hub_config, dtypes, dominant, (*opened.notes, *notes)
     )  # fmt: skip
@@ -185,7 +190,7 @@ def _facts(
         if "vocab_size" in opened.state:
             own["vocab_size"] = opened.state["vocab_size"]
     wrong = [
-        f"{key} is {value!r} in the checkpoint, {own[key]!r} expected" if False else f"{key}: {own[key]!r}, expected {value!r}"
+        f"{key}: {own[key]!r}, expected {value!r}"
         for key, value in architecture.facts.items()
         if own.get(key) is not None and own[key] != value
     ]

@@ -129,7 +129,6 @@ class _Writer:
         folded = [d for d, dim in enumerate(layout.dims) if isinstance(dim, Axis) and dim.shard == "pp"]
         if folded and piece is not None:
             piece = [(0, 1) if d in folded else span for d, span in enumerate(piece)]
-        fragments = boxes.fragments(layout, box, piece=piece)
         shape = tuple(n for _, n in piece) if piece is not None else boxes.shape(layout, box)
         template, _ = template_of(spelling.pattern)
         axes = [axis for axis, _ in named] + [str(layout.dims[d]).split("@")[0] for d in folded]
@@ -148,6 +147,9 @@ class _Writer:
                     origin = tuple(values[len(named)] if d in folded else o for d, (o, _) in enumerate(piece))
                 self.target.slots.append(Slot(template % shown, dtype, shape, rank, origin, whole))
                 index.append(values)
+        if not index:  # a model without layers
+            return
+        fragments = boxes.fragments(layout, box, piece=piece)
         columns = np.array(index, dtype=np.int64).reshape(len(index), len(axes))
         self.target.groups.append(
             Group(

@@ -14,7 +14,7 @@ from typing import Any
 
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
-from registry.storage import FilePlan, Laid, Opened, Piece, Request
+from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Request, Slot
 
 from . import documents, megatron_dirs, torchzip
 from .pickles import Call, Global, Size, attr, brief, dumps, loads
@@ -141,7 +141,7 @@ def _items(path: Path, stored: dict[Any, Any]) -> _Items:
                 expected=f"at least {span[0] + span[1]} bytes for {name}", found=f"{sizes[index[file]]} bytes",
                 hint="the file is truncated; copy it again",
             )  # fmt: skip
-        items.where[name, origin] = (index[file], *span)
+        items.where[name, origin] = (index[file], span[0], span[1])
     return items
 
 
@@ -241,10 +241,10 @@ class _Writer:
         self.empty = _blob(torchzip.layout(payload))
         by_rank: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         p = request.parallel
-        for kind, things in enumerate((request.objects, request.slots)):
-            for i, thing in enumerate(things):
-                number = (thing.rank.pp * p.ep + thing.rank.ep) * p.tp + thing.rank.tp
-                by_rank[number][kind].append(i)
+        things: tuple[Sequence[ObjectSlot | Slot], ...] = (request.objects, request.slots)
+        for kind, i, thing in ((k, i, t) for k, row in enumerate(things) for i, t in enumerate(row)):
+            number = (thing.rank.pp * p.ep + thing.rank.ep) * p.tp + thing.rank.tp
+            by_rank[number][kind].append(i)
         for number in sorted(by_rank):
             self.rank_file(f"{root}/__{number}_0.distcp", *by_rank[number])
 
@@ -253,9 +253,9 @@ class _Writer:
         literals: list[tuple[int, bytes]] = []
         name = Path(path).name
         for i in objects:
-            slot = self.request.objects[i]
-            origin, whole = (slot.origin, slot.whole) if slot.whole else ((0,), (1,))
-            key = f"{slot.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
+            entry = self.request.objects[i]
+            origin, whole = (entry.origin, entry.whole) if entry.whole else ((0,), (1,))
+            key = f"{entry.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
             literals.append((cursor, self.empty))
             self.tensors[key] = _node("BytesStorageMetadata", {})
             self.stored[_index(key, None)] = _info(name, cursor, len(self.empty))

@@ -250,7 +250,7 @@ class _Reader:
         sizes = dict(self.model.sizes)
         for d, dim in enumerate(layout.dims):
             if isinstance(dim, Axis) and dim.name in rule.pad and d < len(stored):
-                sizes[dim.name] = stored[d] * (ranks[dim.shard][1] if dim.shard in ranks else 1)
+                sizes[dim.name] = stored[d] * ranks.get(dim.shard or "", (0, 1))[1]
                 self.bound.padded[dim.name] = max(sizes[dim.name], self.bound.padded.get(dim.name, 0))
         short = {a: n for a, n in sizes.items() if n < self.model.sizes[a]}
         if short:

@@ -52,12 +52,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
-                event = self.peek_event()
+                event = self.peek_event()  # type: ignore[no-untyped-call]
                 raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
                     raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
@@ -135,7 +135,10 @@ def build(data: Mapping[str, Any], where: object) -> ArchitectureSpec | FormatSp
 
     from registry.specs import ArchitectureSpec, FormatSpec
 
-    models = {"architecture": ArchitectureSpec, "format": FormatSpec}
+    models: dict[str, type[ArchitectureSpec] | type[FormatSpec]] = {
+        "architecture": ArchitectureSpec,
+        "format": FormatSpec,
+    }
     if data.get("kind") not in models:
         raise SpecError("a spec says what it is", where=where, expected="kind: architecture or format", found=data.get("kind"))
     try:

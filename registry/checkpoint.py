@@ -66,7 +66,7 @@ class View(Mapping[str, "torch.Tensor"]):
         shape, dtype = self.shape(name), self.dtype(name)
         nbytes = math.prod(shape) * ITEMSIZE[dtype]
         whole = torch.zeros(nbytes, dtype=torch.uint8)
-        buffer = memoryview(whole.numpy())
+        buffer = memoryview(whole.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffer
         for i in self._by_name[name]:
             slot = self._slots[i]
             size = slot_bytes(slot)
@@ -76,7 +76,7 @@ class View(Mapping[str, "torch.Tensor"]):
                 self._assembler.fill(buffer, i, 0, 0, nbytes)
                 continue
             part = torch.zeros(size, dtype=torch.uint8)
-            self._assembler.fill(memoryview(part.numpy()), i, 0, 0, size)
+            self._assembler.fill(memoryview(part.numpy()), i, 0, 0, size)  # type: ignore[arg-type]
             box = tuple(slice(o, o + n) for o, n in zip(slot.origin or (), slot.shape, strict=True))
             whole.view(torch_dtype(dtype)).view(shape)[box] = part.view(torch_dtype(dtype)).view(slot.shape)
         return whole.view(torch_dtype(dtype)).view(shape)

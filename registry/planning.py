@@ -197,7 +197,9 @@ def _primaries(sides: list[_Side], axes: Sequence[str], whole: int, model: Logic
     _, first = np.unique(rows, axis=0, return_index=True)
     is_first = np.zeros(len(rows), dtype=bool)
     is_first[first if rows.shape[1] else [0]] = True
-    kept, repeats, start = [], [], 0
+    kept: list[_Side] = []
+    repeats: list[_Side] = []
+    start = 0
     for side in sides:
         mask = is_first[start : start + len(side.group.members)]
         start += len(mask)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from registry import expressions, layout
+from registry import expressions
+from registry.layout import Layout, parse
 from registry.dtypes import ITEMSIZE
 from registry.errors import RegistryError
 from registry.parallel import DIMENSIONS
@@ -48,23 +49,23 @@ class Rule(Model):
     """How one stored tensor (or a family of them, one for each value of the axes in its name) is laid out."""
 
     layout: str = Field(description="the layout string: products and sums of named axes")
-    when: Expression | None = Field(None, description="the rule holds only where this is true")
-    names: dict[str, str] = Field({}, description="variant choice -> the name under that choice")
-    aliases: list[str] = Field([], description="other names accepted on reading")
-    dtype: str | None = Field(None, description="stored in this type whatever the source's")
-    scale: float = Field(1.0, description="stored = logical * scale + offset")
-    offset: float = Field(0.0, description="stored = logical * scale + offset")
-    codec: str | None = Field(None, description="a registered codec that encodes the stored values")
-    pad: dict[str, Expression] = Field({}, description="axis -> the multiple that its stored size is rounded up to")
-    stage: Literal["first", "last"] | None = Field(None, description="only this pipeline stage stores it")
-    tied: Expression = Field("false", description="written also where its tensor is tied to another")
-    optional: str | None = Field(None, description="may be absent from a checkpoint; the reason")
+    when: Expression | None = Field(default=None, description="the rule holds only where this is true")
+    names: dict[str, str] = Field(default={}, description="variant choice -> the name under that choice")
+    aliases: list[str] = Field(default=[], description="other names accepted on reading")
+    dtype: str | None = Field(default=None, description="stored in this type whatever the source's")
+    scale: float = Field(default=1.0, description="stored = logical * scale + offset")
+    offset: float = Field(default=0.0, description="stored = logical * scale + offset")
+    codec: str | None = Field(default=None, description="a registered codec that encodes the stored values")
+    pad: dict[str, Expression] = Field(default={}, description="axis -> the multiple that its stored size is rounded up to")
+    stage: Literal["first", "last"] | None = Field(default=None, description="only this pipeline stage stores it")
+    tied: Expression = Field(default="false", description="written also where its tensor is tied to another")
+    optional: str | None = Field(default=None, description="may be absent from a checkpoint; the reason")
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
         problems = []
         try:
-            parsed = layout.parse(self.layout)
+            parsed = parse(self.layout)
         except RegistryError as error:
             raise ValueError(str(error)) from None
         axes = {axis for axes in parsed.axes.values() for axis in axes}
@@ -83,8 +84,9 @@ class Rule(Model):
         return self
 
     @property
-    def parsed(self) -> layout.Layout:
-        return layout.parse(self.layout)
+    def parsed(self) -> Layout:
+        """The layout, parsed (and remembered: parsing the same text again costs nothing)."""
+        return parse(self.layout)
 
 
 def _as_rules(value: Any) -> Any:
@@ -113,10 +115,10 @@ class Tie(Model):
 class FactMap(Model):
     """One fact of the model and the field of a config document that holds it."""
 
-    field: list[str] = Field([], description="dotted paths; the first is written, any is read")
-    read: Expression | None = Field(None, description="an expression over the document, where a plain field will not do")
-    values: list[tuple[Scalar, Scalar]] = Field([], description="pairs (fact, field value)")
-    default: Any = Field(None, description="the fact where the document is silent")
+    field: list[str] = Field(default=[], description="dotted paths; the first is written, any is read")
+    read: Expression | None = Field(default=None, description="an expression over the document, where a plain field will not do")
+    values: list[tuple[Scalar, Scalar]] = Field(default=[], description="pairs (fact, field value)")
+    default: Any = Field(default=None, description="the fact where the document is silent")
 
     @model_validator(mode="before")
     @classmethod
@@ -135,16 +137,16 @@ class FactMap(Model):
 class ConfigMap(Model):
     """A config document against the facts of the model, in both directions."""
 
-    facts: dict[str, FactMap] = Field({}, description="fact -> where the document holds it")
-    write: dict[str, Expression] = Field({}, description="field -> expression over facts, only written")
-    constants: dict[str, Any] = Field({}, description="field -> literal, only written")
+    facts: dict[str, FactMap] = Field(default={}, description="fact -> where the document holds it")
+    write: dict[str, Expression] = Field(default={}, description="field -> expression over facts, only written")
+    constants: dict[str, Any] = Field(default={}, description="field -> literal, only written")
 
 
 class Extension(Model):
     """What one architecture adds to one format."""
 
-    config: ConfigMap = Field(default_factory=ConfigMap)
-    requires: dict[str, Any] = Field({}, description="document fields that must have this value to be this architecture")
+    config: ConfigMap = ConfigMap()
+    requires: dict[str, Any] = Field(default={}, description="document fields that must have this value to be this architecture")
 
 
 class Spec(Model):
@@ -152,7 +154,7 @@ class Spec(Model):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
     description: str = ""
-    tensors: dict[str, Rules] = Field({}, description="name pattern -> rule, or several with conditions")
+    tensors: dict[str, Rules] = Field(default={}, description="name pattern -> rule, or several with conditions")
     ignored: list[Ignored] = []
 
     @model_validator(mode="after")
@@ -181,10 +183,10 @@ class ArchitectureSpec(Spec):
 
     kind: Literal["architecture"] = "architecture"
     axes: dict[str, Expression] = Field(description="axis -> its size, an expression over facts")
-    facts: dict[str, Any] = Field({}, description="facts that hold for every model of the family")
-    config: ConfigMap = Field(default_factory=ConfigMap, description="config.json against the facts")
+    facts: dict[str, Any] = Field(default={}, description="facts that hold for every model of the family")
+    config: ConfigMap = Field(default=ConfigMap(), description="config.json against the facts")
     tied: list[Tie] = []
-    formats: dict[str, Extension] = Field({}, description="what the family adds to a format's config")
+    formats: dict[str, Extension] = Field(default={}, description="what the family adds to a format's config")
 
     @model_validator(mode="after")
     def _check_axes(self) -> ArchitectureSpec:
@@ -220,7 +222,7 @@ class Option(Model):
     default: Any = None
     choices: list[Scalar] = []
     description: str = ""
-    read: Expression | None = Field(None, description="what a checkpoint on disk chose, over its config document")
+    read: Expression | None = Field(default=None, description="what a checkpoint on disk chose, over its config document")
 
 
 class Variant(Model):
@@ -235,14 +237,14 @@ class FormatSpec(Spec):
     kind: Literal["format"] = "format"
     container: str = Field(description="the module that knows how the bytes lie on disk")
     rules_from: Literal["format", "architecture"] = "format"
-    ranked: bool = Field(False, description="every rank has files of its own, with names local to its stage")
-    parallel: list[str] = Field([], description="the parallel dimensions that the format shards over")
-    pipeline_axis: str | None = Field(None, description="the axis that pipeline stages partition")
-    replicate: dict[str, list[str]] = Field({}, description="parallel dimension -> axes repeated when shorter than it")
+    ranked: bool = Field(default=False, description="every rank has files of its own, with names local to its stage")
+    parallel: list[str] = Field(default=[], description="the parallel dimensions that the format shards over")
+    pipeline_axis: str | None = Field(default=None, description="the axis that pipeline stages partition")
+    replicate: dict[str, list[str]] = Field(default={}, description="parallel dimension -> axes repeated when shorter than it")
     options: dict[str, Option] = {}
-    variants: dict[str, dict[str, Variant]] = Field({}, description="variant -> choices, the first is written by default")
-    objects: dict[str, Expression] = Field({}, description="entries without data that readers expect -> when to write them")
-    config: ConfigMap = Field(default_factory=ConfigMap)
+    variants: dict[str, dict[str, Variant]] = Field(default={}, description="variant -> choices, the first is written by default")
+    objects: dict[str, Expression] = Field(default={}, description="entries without data that readers expect -> when to write them")
+    config: ConfigMap = ConfigMap()
 
     @model_validator(mode="after")
     def _check_variants(self) -> FormatSpec:

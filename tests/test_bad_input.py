@@ -6,7 +6,6 @@ is for and what the error must be. To add one, write another such function: its 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random

@@ -207,7 +207,7 @@ def test_a_circle_is_an_error_that_shows_it(circle: list[str], tmp_path: Path, m
     monkeypatch.setattr(catalog, "_files", lambda kind: files if kind == "architecture" else {})
     with pytest.raises(SpecError, match="in a circle") as caught:
         catalog.register({"kind": "architecture", "name": "outside", "extends": "a"})
-    assert " -> ".join(["a", *reversed(circle)] if len(circle) == 1 else ["a", *circle[1:], "a"]) in str(caught.value)
+    assert " -> ".join([*circle, "a"]) in str(caught.value)
 
 
 @pytest.mark.xfail(strict=True, reason="reported: rules of a registered parent are lists, which a mapping replaces")

@@ -100,6 +100,7 @@ def read_carried(opened: Opened) -> None:
         architecture = data.get("architecture")
         opened.architecture = architecture if isinstance(architecture, str) else None
         opened.state["metadata"] = data.get("metadata")
+        opened.state["variants"] = data.get("variants")
         if type(data.get("vocab_size")) is int:
             opened.state["vocab_size"] = data["vocab_size"]
     hub = opened.path / HUB

@@ -22,9 +22,9 @@ from registry import boxes, expressions
 from registry.boxes import Box, Fragment
 from registry.errors import MappingError, RegistryError
 from registry.layout import Axis, Layout
-from registry.model import LogicalModel
+from registry.model import LogicalModel, rules_spec
 from registry.parallel import Parallel, Stage
-from registry.specs import AXIS, FormatSpec, Ignored, Rule
+from registry.specs import AXIS, FormatSpec, Ignored, Rule, Spec
 from registry.storage import Opened, Piece, Rank
 
 Ints = NDArray[np.int64]
@@ -63,13 +63,8 @@ def named_axes(pattern: str) -> list[tuple[str, str | None]]:
     return [(axis, dim or None) for axis, dim in AXIS.findall(pattern)]
 
 
-def expand(pattern: str, values: Mapping[str, int]) -> str:
-    """The name that a pattern gives for these indices."""
-    return AXIS.sub(lambda match: str(values[match[1]]), pattern)
-
-
 def template_of(pattern: str) -> tuple[str, list[str]]:
-    """The pattern as a %-format, much faster to fill than `expand`."""
+    """The pattern as a %-format, and the axes that fill it."""
     return AXIS.sub("%d", pattern.replace("%", "%%")), [axis for axis, _ in named_axes(pattern)]
 
 
@@ -89,7 +84,7 @@ class Spelling:
     choices: tuple[tuple[str, str], ...]
 
 
-def spellings(spec: FormatSpec, pattern: str, rule: Rule) -> list[Spelling]:
+def spellings(spec: Spec, pattern: str, rule: Rule) -> list[Spelling]:
     """Every spelling of one rule, the one written by default first."""
     folds = [
         (variant, choice, v.fold) for variant, choices in spec.variants.items() for choice, v in choices.items() if v.fold
@@ -158,7 +153,7 @@ class _Reader:
         """Find every piece of one rule."""
         if not self.model.present.intersection(rule.parsed.tensors):
             return
-        for spelling in spellings(self.spec, pattern, rule):
+        for spelling in spellings(rules_spec(self.spec, self.model.architecture), pattern, rule):
             found = list(self.find(spelling))
             if any(indices for _, _, _, indices in found):
                 break
@@ -336,7 +331,8 @@ def bind_source(
     active = [(p, r) for p, r in rules if r.when is None or expressions.parse(r.when)(env)]
     reader = _Reader(opened, spec, model, parallel)
     if spec.ranked:
-        reader.stages = local_stages(opened, (s.pattern for p, r in active for s in spellings(spec, p, r)))
+        owner = rules_spec(spec, model.architecture)
+        reader.stages = local_stages(opened, (s.pattern for p, r in active for s in spellings(owner, p, r)))
     for pattern, rule in active:
         reader.take(pattern, rule)
     return reader.finish(ignored)

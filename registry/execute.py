@@ -1,9 +1,9 @@
 """Carry out a plan: read each source byte once, write each target byte once, through small reused buffers.
 
-The engine here knows nothing of models. A target file is written in tiles of a few MiB, small tensors and the literal
-bytes between them together. A tile is assembled in a buffer that stays in the cache: long runs are read straight into it,
-strided boxes are gathered from the mapped source. Fresh memory, page faults of mapped writes and many small system calls
-are what make a naive copy slow, and none of them occurs.
+The engine here knows nothing of models. Target files are written in tiles of about a MiB, small tensors and the literal
+bytes between them together; a tile is assembled in a buffer that stays in the cache, summed there and written. Work is
+done in the order of the source, which is read ahead best and once; two threads write the same file only if they must, for
+the system lets one writer into a file at a time.
 """
 
 from __future__ import annotations
@@ -12,224 +12,200 @@ import bisect
 import os
 import threading
 import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, field
 
-from registry import boxes
+from registry.assemble import Assembler, Op, array, assembler, copy_strided
+from registry.crc import combine
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError, MappingError, TargetError
 from registry.files import SourceFiles, TargetFiles
-from registry.planning import Copies, Plan
+from registry.planning import Plan
 from registry.storage import Laid, Opened, Piece, Slot, slot_bytes
-from registry.values import convert
 
-TILE = 2 << 20
-_BLOCK = 256
+__all__ = ["TILE", "Assembler", "Progress", "assembler", "check_replicas", "copy_strided", "execute"]
+
+TILE = 1 << 20
+#: Tiles of a large slot that are one job, and jobs that are looked through for one whose file nobody writes.
+_PART = 32
+_LOOK = 32
 
 Progress = Callable[[int, int], None]
 
 
-class Op(NamedTuple):
-    """One repetition of one strided copy: positions in bytes within the source and target files."""
-
-    copies: Copies
-    file: int
-    source: int
-    target: int
-
-
 class Job(NamedTuple):
-    """A stretch of one target file that one worker writes."""
+    """A stretch of one target file that one worker writes: the slots `first` to `stop` of the run's order, or a part of one."""
 
     file: int
     begin: int
     end: int
-    slots: range
+    first: int
+    stop: int
 
 
-_UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+class _Places(NamedTuple):
+    """The slots that hold anything, in the order of their places."""
+
+    slots: list[int]
+    files: list[int]
+    begins: list[int]
+    sizes: list[int]
 
 
-def array(buffer: Any, itemsize: int, size: Sequence[int], stride: Sequence[int], offset: int) -> np.ndarray:
-    """A strided view of `buffer`; numpy refuses one that leaves it. Strides in elements, offset in bytes."""
-    return np.ndarray(size, _UINT[itemsize], buffer, offset, [s * itemsize for s in stride])
+def _places(laid: Laid, nbytes: np.ndarray) -> _Places:
+    place = np.array(laid.places, dtype=np.int64).reshape(-1, 2)
+    order = np.lexsort((place[:, 1], place[:, 0]))
+    order = order[nbytes[order] > 0]
+    return _Places(order.tolist(), place[order, 0].tolist(), place[order, 1].tolist(), nbytes[order].tolist())
 
 
-def copy_strided(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, in blocks that fit the cache where rows of one are columns of the other."""
-    if target.ndim < 2 or source.strides[-1] == source.itemsize or min(target.shape[-2:]) < 8:
-        target[...] = source
-        return
-    rows, columns = target.shape[-2:]
-    if abs(source.strides[-2]) > abs(source.strides[-1]):
-        target[...] = source
-        return
-    for i in range(0, rows, _BLOCK):
-        for j in range(0, columns, _BLOCK):
-            target[..., i : i + _BLOCK, j : j + _BLOCK] = source[..., i : i + _BLOCK, j : j + _BLOCK]
-
-
-def _offset(starts: Sequence[int], strides: Sequence[int]) -> int:
-    return sum(i * s for i, s in zip(starts, strides, strict=True))
-
-
-@define
-class _Layout:
-    """The plan by target slot: which copies write each slot, and which slots need zeros below them."""
-
-    order: np.ndarray
-    bounds: np.ndarray
-    ops: list[tuple[Copies, int]]
-    full: np.ndarray
-
-
-def _by_slot(plan: Plan, slots: Sequence[Slot], nbytes: Sequence[int]) -> _Layout:
-    ops: list[tuple[Copies, int]] = []
-    owners = []
-    written = np.zeros(len(slots), dtype=np.int64)
-    for copies in plan.copies:
-        ops += [(copies, k) for k in range(len(copies.target))]
-        owners.append(copies.target)
-        np.add.at(written, copies.target, copies.volume * ITEMSIZE[copies.values.target_dtype])
-    owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
-    order = np.argsort(owner, kind="stable")
-    bounds = np.searchsorted(owner[order], np.arange(len(slots) + 1))
-    return _Layout(order, bounds, ops, written == np.asarray(nbytes, dtype=np.int64))
-
-
-@frozen(eq=False)
-class Assembler:
-    """Fills buffers with the bytes of target slots."""
-
-    pieces: Sequence[Piece]
-    sources: SourceFiles
-    layout: _Layout
-
-    def ops(self, slot: int, at: int) -> Iterator[Op]:
-        """The copies that write one slot, whose bytes begin at `at`."""
-        low, high = self.layout.bounds[slot : slot + 2]
-        for position in self.layout.order[low:high]:
-            copies, k = self.layout.ops[position]
-            piece = self.pieces[int(copies.source[k])]
-            source = piece.begin + int(copies.source_offset[k]) * ITEMSIZE[piece.dtype]
-            target = at + int(copies.target_offset[k]) * ITEMSIZE[copies.values.target_dtype]
-            yield Op(copies, piece.file, source, target)
-
-    def fill(self, buffer: memoryview, slot: int, at: int, begin: int, end: int) -> None:
-        """Write the part in [begin, end) of a slot that begins at `at` into `buffer`, whose first byte is `begin`."""
-        for op in self.ops(slot, at):
-            self.copy(op, buffer, begin, end)
-
-    def copy(self, op: Op, buffer: memoryview, begin: int, end: int) -> None:
-        copies = op.copies
-        width = ITEMSIZE[copies.values.target_dtype]
-        plain = copies.values.plain
-        if plain and copies.size[:-1] == () and copies.source_stride in ((), (1,)) and copies.target_stride in ((), (1,)):
-            first, last = max(op.target, begin), min(op.target + copies.volume * width, end)
-            if first < last:
-                self.sources.read_into(op.file, op.source + first - op.target, buffer[first - begin : last - begin])
-            return
-        low, high = -(-(begin - op.target) // width), (end - op.target) // width
-        mapped = None
-        for box in boxes.clip(0, copies.size, copies.target_stride, low, high):
-            starts, size = [s for s, _ in box], [n for _, n in box]
-            at = op.target + _offset(starts, copies.target_stride) * width - begin
-            target = array(buffer, width, size, copies.target_stride, at)
-            mapped = self.sources.mapped(op.file) if mapped is None else mapped
-            item = ITEMSIZE[copies.values.source_dtype]
-            origin = op.source + _offset(starts, copies.source_stride) * item
-            try:
-                source = array(mapped, item, size, copies.source_stride, origin)
-            except (ValueError, TypeError):
-                raise CheckpointError(
-                    "a tensor lies outside its file", where=self.sources.path(op.file), found=f"offset {origin}"
-                ) from None
-            if plain:
-                copy_strided(target, source)
-            else:
-                convert(target, source, copies.values)
-
-
-def _jobs(places: Sequence[tuple[int, int]], nbytes: Sequence[int], order: Sequence[int], whole: bool) -> Iterator[Job]:
-    """Stretches of files, in order: runs of small slots together, a large slot alone (in parts, unless `whole`)."""
-    start = 0
-    while start < len(order):
-        file, begin = places[order[start]]
-        stop = start + 1
-        end = begin + nbytes[order[start]]
-        while stop < len(order) and places[order[stop]][0] == file:
-            further = places[order[stop]][1] + nbytes[order[stop]]
-            if further - begin > TILE:
-                break
-            end, stop = further, stop + 1
-        if stop == start + 1 and not whole and end - begin > 16 * TILE:
-            for at in range(begin, end, 16 * TILE):
-                yield Job(file, at, min(at + 16 * TILE, end), range(start, stop))
-        else:
-            yield Job(file, begin, end, range(start, stop))
+def _jobs(places: _Places) -> Iterator[Job]:
+    """Stretches of files, in order: runs of small slots together, a large slot alone and in parts."""
+    _, files, begins, sizes = places
+    start, count = 0, len(files)
+    while start < count:
+        file, begin = files[start], begins[start]
+        end, stop = begin + sizes[start], start + 1
+        while stop < count and files[stop] == file and begins[stop] + sizes[stop] - begin <= TILE:
+            end, stop = begins[stop] + sizes[stop], stop + 1
+        for at, to in _cuts(begin, end, TILE * _PART):
+            yield Job(file, at, to, start, stop)
         start = stop
+
+
+def _cuts(begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) in steps that end at round places of the file, as far as whole elements of the slot allow."""
+    phase = begin % 16
+    while begin < end:
+        stop = min(end, (begin - phase) // step * step + step + phase)
+        yield begin, stop
+        begin = stop
+
+
+def _by_source(jobs: list[Job], places: _Places, filler: Assembler) -> list[Job]:
+    """Jobs in the order in which their bytes lie in the source."""
+    t = filler.table
+    first = t.bounds[np.array([places.slots[job.first] for job in jobs], dtype=np.int64)]
+    at = np.minimum(first, max(len(t.file) - 1, 0))
+    if not len(t.file):
+        return jobs
+    return [jobs[i] for i in np.lexsort((t.source[at], t.file[at])).tolist()]
+
+
+class _Queue:
+    """Jobs for several workers: the next one, or one soon after it whose target file nobody is writing."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._waiting = deque(jobs)
+        self._busy: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def take(self) -> Job | None:
+        """A job, or None where none is left."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            near = range(min(_LOOK, len(self._waiting)))
+            i = min(near, key=lambda i: (self._busy[self._waiting[i].file], i))
+            job = self._waiting[i]
+            del self._waiting[i]
+            self._busy[job.file] += 1
+            return job
+
+    def done(self, job: Job) -> None:
+        """The worker has left the job's file."""
+        with self._lock:
+            self._busy[job.file] -= 1
 
 
 @define
 class _Run:
     """One execution: shared state of the workers."""
 
-    assembler: Assembler
+    filler: Assembler
     targets: TargetFiles
     laid: Laid
-    nbytes: list[int]
-    order: list[int]
+    places: _Places
+    queue: _Queue
     progress: Progress | None
     total: int
-    crcs: list[int]
     starts: list[list[int]]
+    sums: dict[int, list[tuple[int, int, int]]] = field(factory=dict)
     done: int = 0
     stop: threading.Event = field(factory=threading.Event)
     lock: threading.Lock = field(factory=threading.Lock)
-    local: threading.local = field(factory=threading.local)
 
-    def work(self, job: Job) -> None:
+    def work(self) -> None:
+        """One worker: jobs until none is left."""
+        buffer = memoryview(bytearray(TILE + 16))
+        while not self.stop.is_set() and (job := self.queue.take()) is not None:
+            self.job(job, buffer)
+            self.queue.done(job)
+
+    def job(self, job: Job, buffer: memoryview) -> None:
         """Write one stretch, tile by tile."""
-        if not hasattr(self.local, "buffer"):
-            self.local.buffer = memoryview(bytearray(TILE))
-        for begin in range(job.begin, job.end, TILE):
+        ops = [self.filler.ops(slot) for slot in self.places.slots[job.first : job.stop]]
+        zero = not self.covered(job)
+        crc = 0
+        for begin, end in _cuts(job.begin, job.end, TILE) if job.stop == job.first + 1 else [(job.begin, job.end)]:
             if self.stop.is_set():
                 return
-            end = min(begin + TILE, job.end)
-            tile = self.local.buffer[: end - begin]
-            self.assemble(job, tile, begin, end)
+            tile = buffer[: end - begin]
+            if zero:
+                np.frombuffer(tile, np.uint8)[:] = 0
+            self.assemble(job, ops, tile, begin, end)
+            if self.laid.seal and job.stop == job.first + 1:
+                crc = zlib.crc32(tile, crc)
+            elif self.laid.seal:
+                self.sum(job, tile)
             self.targets.write(job.file, begin, tile)
-            with self.lock:
-                self.done += end - begin
-                if self.progress:
+            if self.progress:
+                with self.lock:
+                    self.done += end - begin
                     self.progress(self.done, self.total)
-        self.targets.finished(job.file)
+        if self.laid.seal and job.stop == job.first + 1:
+            self.sums.setdefault(self.places.slots[job.first], []).append((job.begin, crc, job.end - job.begin))
 
-    def assemble(self, job: Job, tile: memoryview, begin: int, end: int) -> None:
-        slots = [self.order[i] for i in job.slots]
-        if len(slots) > 1 or not self.assembler.layout.full[slots[0]]:
-            np.frombuffer(tile, np.uint8)[:] = 0
-        for slot in slots:
-            self.assembler.fill(tile, slot, self.laid.places[slot][1], begin, end)
-        literals = self.laid.files[job.file].literals
-        i = max(bisect.bisect_right(self.starts[job.file], begin) - 1, 0)
-        for offset, data in literals[i:]:
+    def covered(self, job: Job) -> bool:
+        """Is every byte of the stretch written by a copy or a literal?"""
+        first, stop = job.first, job.stop
+        full = self.filler.table.full
+        if not all(full[slot] for slot in self.places.slots[first:stop]):
+            return False
+        if stop == first + 1:
+            return True
+        gaps = job.end - job.begin - sum(self.places.sizes[first:stop])
+        return not gaps or gaps == sum(high - low for low, high, _ in self.literals(job.file, job.begin, job.end))
+
+    def literals(self, file: int, begin: int, end: int) -> Iterator[tuple[int, int, bytes]]:
+        """The parts of literals within [begin, end), as (begin, end, bytes)."""
+        literals = self.laid.files[file].literals
+        for i in range(max(bisect.bisect_right(self.starts[file], begin) - 1, 0), len(literals)):
+            offset, data = literals[i]
             if offset >= end:
-                break
+                return
             low, high = max(offset, begin), min(offset + len(data), end)
             if low < high:
-                tile[low - begin : high - begin] = data[low - offset : high - offset]
-        if self.laid.seal:
-            for slot in slots:
-                at = self.laid.places[slot][1]
-                low, high = max(at, begin), min(at + self.nbytes[slot], end)
-                if low < high:
-                    self.crcs[slot] = zlib.crc32(tile[low - begin : high - begin], self.crcs[slot])
+                yield low, high, data[low - offset : high - offset]
+
+    def assemble(self, job: Job, ops: list[list[Op]], tile: memoryview, begin: int, end: int) -> None:
+        for i, of_slot in enumerate(ops, job.first):
+            at = self.places.begins[i]
+            for op in of_slot:
+                self.filler.copy(op, tile, at, begin, end)
+        for low, high, data in self.literals(job.file, begin, end):
+            tile[low - begin : high - begin] = data
+
+    def sum(self, job: Job, tile: memoryview) -> None:
+        for i in range(job.first, job.stop):
+            low, size = self.places.begins[i] - job.begin, self.places.sizes[i]
+            self.sums[self.places.slots[i]] = [(0, zlib.crc32(tile[low : low + size]), size)]
 
 
 def execute(
@@ -241,24 +217,26 @@ def execute(
     Raises MappingError where replicas in the source differ, CheckpointError for a source that ends early, TargetError
     where the target cannot be written.
     """
-    nbytes = [slot_bytes(slot) for slot in slots]
-    order = sorted((i for i in range(len(slots)) if nbytes[i]), key=lambda i: laid.places[i])
+    places = _places(laid, np.fromiter(map(slot_bytes, slots), np.int64, len(slots)))
     with SourceFiles(opened.files) as sources:
         check_replicas(plan, opened, sources)
-        assembler = Assembler(opened.pieces, sources, _by_slot(plan, slots, nbytes))
-        jobs = list(_jobs(laid.places, nbytes, order, whole=laid.seal is not None))
+        filler = assembler(plan, opened, sources, slots)
+        jobs = list(_jobs(places))
         total = sum(job.end - job.begin for job in jobs)
-        with TargetFiles(root, laid.files, [job.file for job in jobs], durable=durable) as targets:
-            run = _Run(
-                assembler, targets, laid, nbytes, order, progress, total, [0] * len(slots),
-                [[offset for offset, _ in plan_.literals] for plan_ in laid.files],
-            )  # fmt: skip
-            _write_outer_literals(laid, jobs, targets)
-            _run_all(run, jobs, threads or min(8, os.cpu_count() or 1))
-            if laid.seal:
-                for file, offset, data in laid.seal(run.crcs):
-                    targets.write(file, offset, memoryview(data))
-            targets.sync()
+        queue = _Queue(_by_source(jobs, places, filler))
+        starts = [[offset for offset, _ in file.literals] for file in laid.files]
+        try:
+            with TargetFiles(root, laid.files, durable=durable) as targets:
+                run = _Run(filler, targets, laid, places, queue, progress, total, starts)
+                _write_outer_literals(laid, jobs, targets)
+                _run_all(run, threads or min(8, os.cpu_count() or 1))
+                _seal(run, len(slots))
+                targets.sync()
+        except OSError as error:
+            raise TargetError(
+                "the target cannot be written", where=error.filename or root, found=error.strerror or str(error),
+                hint="free space or choose another target; what was there before is untouched",
+            ) from error  # fmt: skip
     return total
 
 
@@ -277,24 +255,22 @@ def _write_outer_literals(laid: Laid, jobs: Sequence[Job], targets: TargetFiles)
                 targets.write(file, offset, memoryview(data))
 
 
-def _run_all(run: _Run, jobs: Sequence[Job], threads: int) -> None:
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            futures = [pool.submit(run.work, job) for job in jobs]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            failed = next((f.exception() for f in done if f.exception()), None)
-            if failed is not None:
-                run.stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise failed
-    except OSError as error:
-        raise TargetError(
-            "the target cannot be written", where=error.filename, found=error.strerror or str(error),
-            hint="free space or choose another target; what was there before is untouched",
-        ) from error  # fmt: skip
-    except BaseException:
-        run.stop.set()
-        raise
+def _run_all(run: _Run, threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(run.work) for _ in range(threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            run.stop.set()  # the first error, or an interrupt, ends the others' work too
+    for future in futures:
+        future.result()
+
+
+def _seal(run: _Run, count: int) -> None:
+    if run.laid.seal:
+        crcs = [combine((crc, size) for _, crc, size in sorted(run.sums.get(i, []))) for i in range(count)]
+        for file, offset, data in run.laid.seal(crcs):
+            run.targets.write(file, offset, memoryview(data))
 
 
 def check_replicas(plan: Plan, opened: Opened, sources: SourceFiles) -> None:
@@ -329,8 +305,3 @@ def _equal(
     if width == 16:
         return all(left[i : i + rows].tobytes() == right[i : i + rows].tobytes() for i in steps)
     return all(np.array_equal(left[i : i + rows], right[i : i + rows]) for i in steps)
-
-
-def assembler(plan: Plan, opened: Opened, sources: SourceFiles, slots: Sequence[Slot]) -> Assembler:
-    """What fills buffers with the bytes of a plan's slots, one at a time (used by views and digests too)."""
-    return Assembler(opened.pieces, sources, _by_slot(plan, slots, [slot_bytes(slot) for slot in slots]))

@@ -7,8 +7,11 @@ import mmap
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +20,9 @@ from registry.storage import FilePlan
 
 #: Open descriptors at a time; a checkpoint may have thousands of files.
 _LIMIT = 128
+#: New bytes of a file that are worth starting to write out, and files that are synced at a time.
+_FLUSH = 32 << 20
+_SYNCING = 8
 
 
 class SourceFiles:
@@ -24,7 +30,7 @@ class SourceFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
-        self._open: OrderedDict[int, _Source] = OrderedDict()
+        self._open: dict[int, _Source] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -38,33 +44,42 @@ class SourceFiles:
         return self._paths[file]
 
     def _get(self, file: int) -> _Source:
-        with self._lock:
-            found = self._open.get(file)
-            if found is None:
-                found = self._open[file] = _Source(self._paths[file])
-                if len(self._open) > _LIMIT:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(file)
+        found = self._open.get(file)  # no lock: this is called for every read
+        if found is not None:
             return found
+        with self._lock:
+            if file not in self._open:
+                if len(self._open) >= _LIMIT:
+                    del self._open[next(iter(self._open))]  # closed when its last reader lets go of it
+                self._open[file] = _Source(self._paths[file])
+            return self._open[file]
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`. Raises CheckpointError where the file ends early."""
+        """Fill `buffer` from `offset`. Raises CheckpointError where the file ends early or cannot be read."""
         source = self._get(file)
         while len(buffer):
-            n = os.preadv(source.fd, [buffer], offset)
+            try:
+                n = os.preadv(source.fd, [buffer], offset)
+            except OSError as error:
+                raise CheckpointError("a file cannot be read", where=self._paths[file], found=error.strerror) from error
             if n == 0:
-                raise CheckpointError(
-                    "a file ends early",
-                    where=self._paths[file],
-                    expected=f"{len(buffer)} more bytes from offset {offset}",
-                    hint="the file is truncated, or changed while it was read; copy it again",
-                )
+                raise self._short(file, f"{len(buffer)} more bytes from offset {offset}")
             buffer, offset = buffer[n:], offset + n
 
     def mapped(self, file: int) -> mmap.mmap:
-        """The whole file, mapped for reading."""
-        return self._get(file).map()
+        """The whole file, mapped for reading. Raises CheckpointError where it has become shorter since."""
+        source = self._get(file)
+        mapped = source.map()
+        # What lies beyond the end of a file that shrank is a fatal signal to touch.
+        if os.fstat(source.fd).st_size < len(mapped):
+            raise self._short(file, f"{len(mapped)} bytes")
+        return mapped
+
+    def _short(self, file: int, expected: str) -> CheckpointError:
+        return CheckpointError(
+            "a file ends early", where=self._paths[file], expected=expected,
+            hint="the file is truncated, or changed while it was read; copy it again",
+        )  # fmt: skip
 
 
 class _Source:
@@ -97,49 +112,59 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 class TargetFiles:
-    """The data files of a target. A file is synced as soon as its last job is done, beside the jobs of others."""
+    """The data files of a target. While they are written, a thread of its own starts to carry them to the disk."""
 
-    def __init__(self, root: Path, plans: Sequence[FilePlan], jobs: Sequence[int], *, durable: bool) -> None:
+    def __init__(self, root: Path, plans: Sequence[FilePlan], *, durable: bool) -> None:
         self._paths = [root / plan.path for plan in plans]
         self._sizes = [plan.size for plan in plans]
-        self._left = Counter(jobs)
         self._durable = durable
         self._fds: OrderedDict[int, int] = OrderedDict()
         self._created: set[int] = set()
         self._lock = threading.Lock()
-        self._writeback = _start_writeback() if durable else None
         self._users: Counter[int] = Counter()
+        self._fresh: Counter[int] = Counter()
+        self._flusher = _Flusher(self) if durable else None
 
     def __enter__(self) -> Self:
         for file in range(len(self._paths)):
-            self._release(self._acquire(file))
+            with self.descriptor(file):
+                pass
+        if self._flusher:
+            self._flusher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._flusher:
+            self._flusher.stop()
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
 
-    def _acquire(self, file: int) -> int:
+    @contextmanager
+    def descriptor(self, file: int) -> Iterator[int]:
+        """An open descriptor, which stays open for the length of the block."""
         with self._lock:
             if file not in self._fds:
-                path = self._paths[file]
-                if file not in self._created:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                    os.ftruncate(fd, self._sizes[file])
-                    self._created.add(file)
-                else:
-                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                self._fds[file] = fd
+                self._fds[file] = self._opened(file)
                 self._evict()
             self._fds.move_to_end(file)
             self._users[file] += 1
-            return file
+            fd = self._fds[file]
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[file] -= 1
 
-    def _release(self, file: int) -> None:
-        with self._lock:
-            self._users[file] -= 1
+    def _opened(self, file: int) -> int:
+        path = self._paths[file]
+        if file in self._created:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.ftruncate(fd, self._sizes[file])
+        self._created.add(file)
+        return fd
 
     def _evict(self) -> None:
         for file in list(self._fds)[:-1]:
@@ -150,35 +175,54 @@ class TargetFiles:
 
     def write(self, file: int, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`."""
-        self._acquire(file)
-        try:
-            fd, begin, total = self._fds[file], offset, len(data)
+        total = len(data)
+        with self.descriptor(file) as fd:
             while len(data):
                 n = os.pwrite(fd, data, offset)
                 data, offset = data[n:], offset + n
-            if self._writeback is not None and total >= 1 << 20:
-                self._writeback(fd, begin, total, _SYNC_FILE_RANGE_WRITE)
-        finally:
-            self._release(file)
-
-    def finished(self, file: int) -> None:
-        """One job of a file is done; the last one syncs it."""
-        with self._lock:
-            self._left[file] -= 1
-            last = not self._left[file]
-        if last and self._durable:
-            self._acquire(file)
-            try:
-                os.fsync(self._fds[file])
-            finally:
-                self._release(file)
+        if self._flusher:
+            with self._lock:
+                self._fresh[file] += total
+                due = self._fresh[file] >= _FLUSH
+                if due:
+                    self._fresh[file] = 0
+            if due:
+                self._flusher.files.put(file)
 
     def sync(self) -> None:
-        """Sync every file (again, after late literals). A failed sync is a failed write."""
-        if self._durable:
-            for file in range(len(self._paths)):
-                self._acquire(file)
-                try:
-                    os.fsync(self._fds[file])
-                finally:
-                    self._release(file)
+        """Sync every file, several at a time, so that the journal takes them together. A failed sync is a failed write."""
+        if not self._durable:
+            return
+        if self._flusher:
+            self._flusher.stop()
+        with ThreadPoolExecutor(min(_SYNCING, max(len(self._paths), 1))) as pool:
+            list(pool.map(self._sync, range(len(self._paths))))
+
+    def _sync(self, file: int) -> None:
+        with self.descriptor(file) as fd:
+            os.fsync(fd)
+
+
+class _Flusher(threading.Thread):
+    """Begins to write out the dirty pages of files, beside the workers: it may have to wait for the disk's queue."""
+
+    def __init__(self, targets: TargetFiles) -> None:
+        super().__init__(daemon=True)
+        self.files: SimpleQueue[int | None] = SimpleQueue()
+        self._targets = targets
+        self._begin = _start_writeback()
+        self._stopped = False
+
+    def run(self) -> None:
+        """Until told to stop, take files and begin to write them out. An error is left for the fsync to find."""
+        while (file := self.files.get()) is not None:
+            if self._begin is not None and not self._stopped:
+                with self._targets.descriptor(file) as fd:
+                    self._begin(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+    def stop(self) -> None:
+        """Forget what is queued, and end."""
+        if self.is_alive():
+            self._stopped = True
+            self.files.put(None)
+            self.join()

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from registry import expressions
 from registry.errors import MappingError
-from registry.specs import ArchitectureSpec, ConfigMap, FormatSpec, Rule
+from registry.specs import ArchitectureSpec, ConfigMap, FormatSpec, Rule, Spec
 
 _ABSENT = object()
 
@@ -93,9 +93,14 @@ def config_map(spec: FormatSpec, architecture: ArchitectureSpec) -> ConfigMap:
     )
 
 
+def rules_spec(spec: FormatSpec, architecture: ArchitectureSpec) -> Spec:
+    """The spec whose rules lay this architecture out in this format: the format's own, or the architecture's."""
+    return architecture if spec.rules_from == "architecture" else spec
+
+
 def format_rules(spec: FormatSpec, architecture: ArchitectureSpec) -> Iterator[tuple[str, Rule]]:
     """The rules that lay this architecture out in this format."""
-    return architecture.rules() if spec.rules_from == "architecture" else spec.rules()
+    return rules_spec(spec, architecture).rules()
 
 
 @frozen

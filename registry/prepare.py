@@ -12,7 +12,7 @@ from attrs import frozen
 from registry import catalog
 from registry.dtypes import is_float
 from registry.errors import ArgumentError, MappingError
-from registry.model import config_map, format_rules, read_facts, write_document
+from registry.model import config_map, format_rules, read_facts, rules_spec, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
 from registry.specs import FormatSpec
@@ -76,12 +76,28 @@ def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
     return Parallel(pp=pp, **kept), note
 
 
+def hub_variants(source: Source) -> dict[str, str]:
+    """How the HuggingFace files that a checkpoint came from spell their names."""
+    if source.spec.rules_from == "architecture":
+        return dict(source.bound.variants)
+    carried = source.opened.state.get("variants")
+    return carried if isinstance(carried, dict) else {}
+
+
+def _choices(source: Source, spec: FormatSpec, options: Mapping[str, Any]) -> dict[str, str]:
+    """Variant -> what is written: the default, the user's choice, or what the HuggingFace source had."""
+    variants = rules_spec(spec, source.architecture).variants
+    choices = {variant: next(iter(named)) for variant, named in variants.items()}
+    if spec.rules_from == "architecture":
+        choices |= {k: v for k, v in hub_variants(source).items() if v in variants.get(k, {})}
+    return choices | {variant: str(options[variant]) for variant in variants if variant in options}
+
+
 def prepare_target(
     source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
 ) -> tuple[Target, Plan]:
     """Bind the target and plan every copy. Raises MappingError and ParallelError."""
-    choices = {variant: next(iter(named)) for variant, named in spec.variants.items()}
-    choices |= {variant: str(options[variant]) for variant in spec.variants if variant in options}
+    choices = _choices(source, spec, options)
     rules = list(format_rules(spec, source.architecture))
     target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
     if target.homeless:
@@ -128,6 +144,7 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         "architecture": source.architecture.name,
         "vocab_size": source.model.sizes.get("vocab"),
         "metadata": source.opened.state.get("metadata"),
+        "variants": hub_variants(source),
     }
     request = Request(
         spec.name, prepared.target.slots, prepared.target.objects, document, prepared.parallel, chosen, source.opened,

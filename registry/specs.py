@@ -149,6 +149,12 @@ class Extension(Model):
     requires: dict[str, Any] = Field(default={}, description="document fields that must have this value to be this architecture")
 
 
+class Variant(Model):
+    """A spelling of names: which axis, if any, moves from the names into a leading dimension of the tensor."""
+
+    fold: str | None = None
+
+
 class Spec(Model):
     """What every spec has."""
 
@@ -156,10 +162,16 @@ class Spec(Model):
     description: str = ""
     tensors: dict[str, Rules] = Field(default={}, description="name pattern -> rule, or several with conditions")
     ignored: list[Ignored] = []
+    variants: dict[str, dict[str, Variant]] = Field(
+        default={}, description="variant -> choices, the first is written by default"
+    )
 
     @model_validator(mode="after")
     def _check_names(self) -> Spec:
         problems = []
+        choices = {choice for variant in self.variants.values() for choice in variant}
+        for pattern, rule in self.rules():
+            problems += [f"{pattern}: no variant has the choice {c!r}" for c in rule.names if c not in choices]
         for pattern, rules in self.tensors.items():
             named = {axis for axis, _ in AXIS.findall(pattern)}
             if "{" in AXIS.sub("", pattern) or "}" in AXIS.sub("", pattern):
@@ -225,12 +237,6 @@ class Option(Model):
     read: Expression | None = Field(default=None, description="what a checkpoint on disk chose, over its config document")
 
 
-class Variant(Model):
-    """A spelling of names: which axis, if any, moves from the names into a leading dimension of the tensor."""
-
-    fold: str | None = None
-
-
 class FormatSpec(Spec):
     """One checkpoint format: how it lays out the logical tensors, once for all architectures."""
 
@@ -242,20 +248,12 @@ class FormatSpec(Spec):
     pipeline_axis: str | None = Field(default=None, description="the axis that pipeline stages partition")
     replicate: dict[str, list[str]] = Field(default={}, description="parallel dimension -> axes repeated when shorter than it")
     options: dict[str, Option] = {}
-    variants: dict[str, dict[str, Variant]] = Field(default={}, description="variant -> choices, the first is written by default")
     objects: dict[str, Expression] = Field(default={}, description="entries without data that readers expect -> when to write them")
     config: ConfigMap = ConfigMap()
 
     @model_validator(mode="after")
-    def _check_variants(self) -> FormatSpec:
-        choices = {choice for variant in self.variants.values() for choice in variant}
-        problems = [
-            f"{pattern}: no variant has the choice {choice!r}"
-            for pattern, rule in self.rules()
-            for choice in rule.names
-            if choice not in choices
-        ]
-        problems += [f"parallel: unknown dimension {dim!r}" for dim in self.parallel if dim not in DIMENSIONS]
+    def _check_parallel(self) -> FormatSpec:
+        problems = [f"parallel: unknown dimension {dim!r}" for dim in self.parallel if dim not in DIMENSIONS]
         for pattern, rule in self.rules():
             used = rule.parsed.sharded_over() | {d for _, d in AXIS.findall(pattern) if d}
             problems += [f"{pattern}: shards over {d!r}, which `parallel` does not list" for d in used - set(self.parallel)]

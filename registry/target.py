@@ -15,7 +15,7 @@ from registry.boxes import Box
 from registry.dtypes import is_float
 from registry.errors import MappingError, ParallelError
 from registry.layout import Axis, Layout, Node, Product, Sum
-from registry.model import LogicalModel
+from registry.model import LogicalModel, rules_spec
 from registry.parallel import Parallel, Stage
 from registry.specs import FormatSpec, Rule
 from registry.storage import ObjectSlot, Rank, Slot
@@ -46,7 +46,7 @@ class _Writer:
     def spelling(self, pattern: str, rule: Rule) -> Spelling:
         """The spelling that the chosen variants call for."""
         return max(
-            spellings(self.spec, pattern, rule),
+            spellings(rules_spec(self.spec, self.model.architecture), pattern, rule),
             key=lambda s: sum(1 if self.choices.get(variant) == choice else -1 for variant, choice in s.choices),
         )
 

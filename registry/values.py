@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,13 @@ from registry import catalog
 from registry.dtypes import torch_dtype
 
 if TYPE_CHECKING:
+    import torch
+
     from registry.planning import Values
+
+
+#: Elements at a time: torch takes no threads of its own for so few, and what lies between two steps stays in the cache.
+_BLOCK = 1 << 15
 
 
 def convert(target: np.ndarray, source: np.ndarray, values: Values) -> None:
@@ -19,18 +26,31 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values) -> None:
     The stored value of a rule is `encode(logical * scale + offset)`. Affine rules are applied in float32, or in float64
     where either side is; a cast alone rounds to nearest even, as torch does.
     """
-    import torch
-
+    if target.size > _BLOCK and target.ndim:
+        axis = max(range(target.ndim), key=lambda d: target.shape[d] > 1 and target.strides[d])
+        step = max(1, target.shape[axis] * _BLOCK // target.size)
+        for i in range(0, target.shape[axis], step):
+            at = (slice(None),) * axis + (slice(i, i + step),)
+            convert(target[at], source[at], values)
+        return
     a, b = values.source_rule, values.target_rule
-    raw = torch.from_numpy(np.ascontiguousarray(source).reshape(-1).view(np.uint8))
-    tensor = raw.view(torch_dtype(values.source_dtype)).reshape(source.shape)
+    tensor = _tensor(source if source.flags.writeable else source.copy(), values.source_dtype)
     if a.codec:
         tensor = catalog.codec(a.codec).decode(tensor)
     if (a.scale, a.offset) != (b.scale, b.offset):
         wide = "float64" in (values.source_dtype, values.target_dtype)
-        tensor = tensor.to(torch.float64 if wide else torch.float32)
+        tensor = tensor.to(_dtype("float64" if wide else "float32"))
         tensor = (tensor - a.offset) / a.scale * b.scale + b.offset
     if b.codec:
         tensor = catalog.codec(b.codec).encode(tensor)
-    tensor = tensor.to(torch_dtype(values.target_dtype)).contiguous()
-    target[...] = tensor.reshape(-1).view(torch.uint8).numpy().view(target.dtype).reshape(target.shape)
+    _tensor(target, values.target_dtype).copy_(tensor)
+
+
+def _tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:
+    """The elements of an array of raw ones, in place."""
+    import torch
+
+    return torch.from_numpy(raw).view(_dtype(dtype))
+
+
+_dtype = cache(torch_dtype)

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,16 @@ def _save_model(folder: Path, name: str, dtype: str, max_shard_size: str) -> Non
             draw = torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.ndim == 1 else 0.06)
             parameter.copy_(1 + draw if is_norm and key.endswith("weight") else draw)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+@pytest.fixture(autouse=True)
+def fresh_catalog() -> Iterator[None]:
+    """What a test registers is gone when it ends."""
+    from registry import catalog
+
+    tables: list[dict[Any, Any]] = [catalog._registered, catalog._containers, catalog._codecs]
+    before = [dict(table) for table in tables]
+    yield
+    for table, old in zip(tables, before, strict=True):
+        table.clear()
+        table.update(old)

@@ -181,3 +181,19 @@ def test_random_models_through_random_formats(data: st.DataObject, tmp_path_fact
     same_directory(source, root / "back")
 
 
+
+
+def test_gpt2_without_its_prefix_comes_back_without_it(tmp_path: Path, hf_model: Callable[..., Path]) -> None:
+    """The files of GPT-2's first release lack `transformer.`, and carry causal masks, which are no weights."""
+    tensors = load_file(hf_model("gpt2") / "model.safetensors")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((hf_model("gpt2") / "config.json").read_bytes())
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file({**weights, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, bare / "model.safetensors", {"format": "pt"})
+    report = registry.convert(bare, tmp_path / "m", to="megatron", parallel=Parallel(tp=2))
+    assert report.left_out == {"h.0.attn.bias": "the causal mask, not a weight"}
+    registry.convert(tmp_path / "m", tmp_path / "back", to="huggingface")
+    found = load_file(tmp_path / "back/model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)

@@ -6,6 +6,7 @@ Source: megatron/training/checkpointing.py (get_checkpoint_name, generate_state_
 from __future__ import annotations
 
 import itertools
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,8 @@ class Container:
         files: list[FilePlan] = []
         skeletons: list[tuple[torchzip.Skeleton, list[int]]] = []
         places = [(0, 0)] * len(request.slots)
-        for rank in sorted(members):
+        p = request.parallel
+        for rank in (Rank(*at) for at in itertools.product(range(p.tp), range(p.pp), range(p.ep))):
             skeleton, order = _archive(request, rank, members[rank])
             for i, (_, offset) in zip(order, skeleton.tensors, strict=False):
                 places[i] = (len(files), offset)

@@ -132,24 +132,13 @@ def verify(
 ) -> Verification:
     """Compare two checkpoints, in any formats and layouts, by a digest of every logical tensor. Tolerance is zero.
 
-    The result is true where they are the same model, and lists every difference where they are not. `config` and
-    `architecture` are for a side that carries no config; where one side names them, they serve both.
+    The result is true where they are the same model, and lists every difference where they are not. A side that
+    carries no config is read with the other's, or with `config` and `architecture`.
     """
-    from registry.source import load
+    from registry.source import load_pair
     from registry.verification import compare
 
-    sides = [load(path, config=_config_for(path, config), architecture=architecture) for path in (a, b)]
-    return compare(*sides)
-
-
-def _config_for(path: PathLike, config: Config | None) -> Config | None:
-    """A config given for both sides serves the one that has none of its own."""
-    if config is None:
-        return None
-    from registry.source import detect_format, local_path
-
-    spec = detect_format(local_path(path))
-    return None if spec.rules_from == "architecture" else config
+    return compare(*load_pair(a, b, config=config, architecture=architecture))
 
 
 @checked(_some_path)

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import translate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from attrs import define, field, frozen
@@ -136,6 +136,36 @@ def expand_head(pattern: str) -> str:
     return re.escape(head) + r"(\d+)(?:\.|$)"
 
 
+#: (rank, name, global index of each named axis, pieces) of one expected name.
+Found = tuple[Rank | None, str, tuple[int, ...], list[int]]
+
+
+class _Kind(NamedTuple):
+    """What the members of a group have in common.
+
+    `lone` are the dimensions along which each piece holds a single index of a plain axis; `at` the indices of the rank
+    along the dimensions that the layout shards over.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    whole: tuple[int, ...] | None
+    origin: tuple[int, ...] | None
+    lone: tuple[int, ...]
+    at: tuple[int, ...]
+
+
+def _kind(piece: Piece, single: Mapping[int, str], at: tuple[int, ...]) -> tuple[_Kind, tuple[int, ...]]:
+    """The kind of a piece, and its index along each lone dimension."""
+    if piece.origin is None:
+        return _Kind(piece.dtype, piece.shape, piece.strides, piece.whole, None, (), at), ()
+    lone = tuple(d for d in single if piece.shape[d : d + 1] == (1,))
+    origin = tuple(0 if d in lone else o for d, o in enumerate(piece.origin))
+    kind = _Kind(piece.dtype, piece.shape, piece.strides, piece.whole, origin, lone, at)
+    return kind, tuple(piece.origin[d] for d in lone)
+
+
 class _Reader:
     """Matches the pieces of a source to rules."""
 
@@ -169,8 +199,8 @@ class _Reader:
     def must(self, rule: Rule) -> bool:
         return not rule.optional and not all(tensor in self.model.ties for tensor in rule.parsed.tensors)
 
-    def find(self, spelling: Spelling) -> Iterable[tuple[Rank | None, str, tuple[int, ...], list[int]]]:
-        """(rank, name, global index of each named axis, pieces) of every name that the spelling gives."""
+    def find(self, spelling: Spelling) -> Iterable[Found]:
+        """Every name that the spelling gives, in every file that may hold it."""
         template, axes = template_of(spelling.pattern)
         shards = dict(named_axes(spelling.pattern))
         for rank, names in self.table.items():
@@ -195,68 +225,55 @@ class _Reader:
             return (stage.first, stage.count) if stage else (0, 0)
         return boxes.interval(size, getattr(rank, shard), self.parallel.size(shard), f"{axis}@{shard}")
 
-    def group(
-        self, pattern: str, rule: Rule, spelling: Spelling, found: list[tuple[Rank | None, str, tuple[int, ...], list[int]]]
-    ) -> None:
+    def group(self, pattern: str, rule: Rule, spelling: Spelling, found: list[Found]) -> None:
+        """Sort the pieces of one rule into groups."""
         layout = spelling.layout
-        single = [d for d, dim in enumerate(layout.dims) if isinstance(dim, Axis)]
+        single = {d: dim.name for d, dim in enumerate(layout.dims) if isinstance(dim, Axis) and dim.name not in rule.pad}
         shards = sorted(layout.sharded_over() - {"pp"})
-        keyed: dict[Any, tuple[list[int], list[tuple[int, ...]]]] = {}
+        kinds: dict[_Kind, tuple[list[int], list[tuple[int, ...]]]] = {}
         for rank, _, values, indices in found:
             at = tuple(getattr(rank, dim) for dim in shards) if rank is not None else ()
             for i in indices:
-                piece = self.opened.pieces[i]
-                lone = tuple(d for d in single if piece.origin is not None and piece.shape[d : d + 1] == (1,))
-                origin = None
-                if piece.origin is not None:
-                    origin = tuple(0 if d in lone else o for d, o in enumerate(piece.origin))
-                    values_here = (*values, *(piece.origin[d] for d in lone))
-                else:
-                    values_here = values
-                key = (piece.dtype, piece.shape, piece.strides, piece.whole, origin, lone, at)
-                members, index = keyed.setdefault(key, ([], []))
+                kind, lone = _kind(self.opened.pieces[i], single, at)
+                members, index = kinds.setdefault(kind, ([], []))
                 members.append(i)
-                index.append(values_here)
+                index.append((*values, *lone))
         named = [axis for axis, _ in named_axes(spelling.pattern)]
-        for (dtype, shape, strides, whole, origin, lone, at), (members, index) in keyed.items():
+        for kind, (members, index) in kinds.items():
             self.claimed[members] = True
-            axes = [*named, *(str(getattr(layout.dims[d], "name")) for d in lone)]  # noqa: B009 - narrowed by `single`
-            ranks = {dim: (i, self.parallel.size(dim)) for dim, i in zip(shards, at, strict=True)} if at else {}
-            name = self.opened.pieces[members[0]].name
             try:
-                fragments = self.fragments(rule, layout, shape, strides, whole, origin, lone, ranks)
+                fragments = self.fragments(rule, layout, kind, dict(zip(shards, kind.at, strict=False)))
             except RegistryError as error:
+                name = self.opened.pieces[members[0]].name
                 self.problems.append(f"{name}: {error.problem}; expected {error.expected}, found {error.found}")
                 continue
+            axes = [*named, *(single[d] for d in kind.lone)]
             columns = np.array(index, dtype=np.int64).reshape(len(members), len(axes))
             self.bound.groups.append(
                 Group(
-                    pattern, rule, dtype, shape, tuple(without(f, axes) for f in fragments),
+                    pattern, rule, kind.dtype, kind.shape, tuple(without(f, axes) for f in fragments),
                     np.array(members, dtype=np.int64), {axis: columns[:, k] for k, axis in enumerate(axes)},
                 )
             )  # fmt: skip
 
-    def fragments(
-        self, rule: Rule, layout: Layout, shape: tuple[int, ...], strides: tuple[int, ...] | None,
-        whole: tuple[int, ...] | None, origin: tuple[int, ...] | None, lone: tuple[int, ...],
-        ranks: Mapping[str, tuple[int, int]],
-    ) -> list[Fragment]:  # fmt: skip
-        stored = shape if whole is None else whole
+    def fragments(self, rule: Rule, layout: Layout, kind: _Kind, at: Mapping[str, int]) -> list[Fragment]:
+        """The fragments of the pieces of one kind, on the rank at index `at` of each sharded dimension."""
+        stored = kind.shape if kind.whole is None else kind.whole
+        ranks = {dim: (i, self.parallel.size(dim)) for dim, i in at.items()}
         sizes = dict(self.model.sizes)
         for d, dim in enumerate(layout.dims):
             if isinstance(dim, Axis) and dim.name in rule.pad and d < len(stored):
                 sizes[dim.name] = stored[d] * ranks.get(dim.shard or "", (0, 1))[1]
                 self.bound.padded[dim.name] = max(sizes[dim.name], self.bound.padded.get(dim.name, 0))
-        short = {a: n for a, n in sizes.items() if n < self.model.sizes[a]}
-        if short:
-            axis = min(short)
-            raise MappingError("too short", expected=f"at least {self.model.sizes[axis]} along {axis}", found=short[axis])
+        for axis, size in sizes.items():
+            if size < self.model.sizes[axis]:
+                raise MappingError("too short", expected=f"at least {self.model.sizes[axis]} along {axis}", found=size)
         box = Box(sizes, self.model.present, ranks, replicated(self.spec), self.model.sizes if rule.pad else {})
         expected = boxes.shape(layout, box)
         if stored != expected:
             raise MappingError("shape disagrees with the config", expected=f"{expected} ({layout})", found=stored)
-        piece = None if origin is None else list(zip(origin, shape, strict=True))
-        return boxes.fragments(layout, box, piece=piece, strides=strides)
+        piece = None if kind.origin is None else list(zip(kind.origin, kind.shape, strict=True))
+        return boxes.fragments(layout, box, piece=piece, strides=kind.strides)
 
     def finish(self, ignored: Sequence[Ignored]) -> Bound:
         """Everything must be claimed, or left out for a declared reason."""

@@ -119,6 +119,26 @@ def load(
     return _guess(opened, spec, hub)
 
 
+def carried_config(path: PathLike) -> dict[str, Any] | None:
+    """The HuggingFace config that a checkpoint carries, if any."""
+    where = local_path(path)
+    spec = detect_format(where)
+    return catalog.container(spec.container).open(where, spec.name).hub_config
+
+
+def load_pair(
+    a: PathLike, b: PathLike, *, config: PathLike | Mapping[str, Any] | None = None, architecture: str | None = None
+) -> tuple[Source, Source]:
+    """Two checkpoints of one model: the config that one side carries, or the one given, serves a side without."""
+    own = [carried_config(path) for path in (a, b)]
+    spare = config if config is not None else next((c for c in own if c is not None), None)
+    left, right = (
+        load(path, config=spare if mine is None else None, architecture=architecture)
+        for path, mine in zip((a, b), own, strict=True)
+    )
+    return left, right
+
+
 def _with_side_files(opened: Opened, config: Path) -> Opened:
     """Side files of the HuggingFace directory that the user named, where the checkpoint brings none of its own."""
     directory = config if config.is_dir() else config.parent

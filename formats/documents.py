@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from registry.errors import CheckpointError
-from registry.storage import Opened, Request
+from registry.storage import Opened, Request, Small
 
 MANIFEST = "registry.json"
 HUB = "huggingface"
@@ -110,15 +110,15 @@ def read_carried(opened: Opened) -> None:
             opened.hub_config = read_json(opened.side_files["config.json"])
 
 
-def carry(request: Request, prefix: str = "") -> tuple[dict[str, bytes], dict[str, Path]]:
+def carry(request: Request, prefix: str = "") -> tuple[dict[str, Small], dict[str, Path]]:
     """What to leave beside such a checkpoint: (small files, files to copy), as `Laid` takes them."""
-    small = {f"{prefix}{MANIFEST}": request.manifest}
+    small: dict[str, Small] = {f"{prefix}{MANIFEST}": request.manifest}
     copies = {f"{prefix}{HUB}/{name}": path for name, path in request.side_files.items() if name != "config.json"}
     place_config(request, f"{prefix}{HUB}/config.json", small, copies)
     return small, copies
 
 
-def place_config(request: Request, name: str, small: dict[str, bytes], copies: dict[str, Path]) -> None:
+def place_config(request: Request, name: str, small: dict[str, Small], copies: dict[str, Path]) -> None:
     """The HuggingFace config: the source's own file where nothing in it changed, so that it stays the same bytes."""
     own = request.side_files.get("config.json")
     if own is not None and read_json(own) == request.hub_config:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from registry.errors import ArgumentError, CheckpointError
-from registry.storage import FilePlan, Laid, Opened, Piece, Request, Slot, slot_bytes
+from registry.storage import FilePlan, Laid, Opened, Piece, Request, Slot, Small, slot_bytes
 
 from . import documents
 from .safetensors_file import layout, read_header
@@ -75,7 +75,7 @@ class Container:
             head, entries, size = layout(((s.name, s.dtype, s.shape) for s in slots), metadata)
             files.append(FilePlan(name, size, [(0, head)]))
             where.update({key: (i, entry.begin) for key, entry in entries.items()})
-        small: dict[str, bytes] = {}
+        small: dict[str, Small] = {}
         copies = {name: p for name, p in request.side_files.items() if name not in (CONFIG, INDEX)}
         documents.place_config(request, CONFIG, small, copies)
         if len(shards) > 1 or SINGLE not in shards:
@@ -186,7 +186,7 @@ def _split(request: Request) -> dict[str, list[Slot]]:
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _place_index(request: Request, shards: dict[str, list[Slot]], small: dict[str, bytes], copies: dict[str, Path]) -> None:
+def _place_index(request: Request, shards: dict[str, list[Slot]], small: dict[str, Small], copies: dict[str, Path]) -> None:
     weights = {slot.name: name for name, slots in shards.items() for slot in slots}
     total = sum(slot_bytes(slot) for slots in shards.values() for slot in slots)
     old = request.side_files.get(INDEX)

@@ -77,7 +77,7 @@ class Container:
         writer = _Writer(request, root)
         small, copies = documents.carry(request, f"{root}/")
         small |= megatron_dirs.tracker(request)
-        small[f"{root}/{METADATA}"] = writer.metadata()
+        small[f"{root}/{METADATA}"] = writer.metadata
         state = megatron_dirs.common_state(request) | {"content_metadata": {"singleton_local_shards": False}}
         small[f"{root}/{COMMON}"] = _blob(torchzip.layout(state, prefix="common"))
         small[f"{root}/metadata.json"] = (
@@ -231,17 +231,15 @@ class _Writer:
         self.request = request
         self.files: list[FilePlan] = []
         self.places = [(0, 0)] * len(request.slots)
-        self.bases = [0] * len(request.slots)
         self.skeletons: list[torchzip.Skeleton] = [torchzip.tensor_item(s.dtype, s.shape) for s in request.slots]
-        self.stored: dict[Call, Call] = {}
-        self.tensors: dict[str, Any] = {}
-        payload = [None] if request.options.get("transformer_impl") != "transformer_engine" else [
-            torchzip.NewTensor("uint8", (0,))
-        ]  # fmt: skip
-        self.empty = _blob(torchzip.layout(payload))
+        # (slot or object, file name, offset, length) of every item, and where each slot's item begins
+        self.items: list[tuple[Slot | ObjectSlot, str, int, int]] = []
+        self.bases = [0] * len(request.slots)
+        engine = request.options.get("transformer_impl") == "transformer_engine"
+        self.empty = _blob(torchzip.layout([torchzip.NewTensor("uint8", (0,)) if engine else None]))
         by_rank: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-        p = request.parallel
         things: tuple[Sequence[ObjectSlot | Slot], ...] = (request.objects, request.slots)
+        p = request.parallel
         for kind, i, thing in ((k, i, t) for k, row in enumerate(things) for i, t in enumerate(row)):
             number = (thing.rank.pp * p.ep + thing.rank.ep) * p.tp + thing.rank.tp
             by_rank[number][kind].append(i)
@@ -249,42 +247,45 @@ class _Writer:
             self.rank_file(f"{root}/__{number}_0.distcp", *by_rank[number])
 
     def rank_file(self, path: str, objects: Sequence[int], slots: Sequence[int]) -> None:
+        """Lay out one rank's file."""
         cursor = 0
         literals: list[tuple[int, bytes]] = []
         name = Path(path).name
         for i in objects:
-            entry = self.request.objects[i]
-            origin, whole = (entry.origin, entry.whole) if entry.whole else ((0,), (1,))
-            key = f"{entry.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
             literals.append((cursor, self.empty))
-            self.tensors[key] = _node("BytesStorageMetadata", {})
-            self.stored[_index(key, None)] = _info(name, cursor, len(self.empty))
+            self.items.append((self.request.objects[i], name, cursor, len(self.empty)))
             cursor += len(self.empty)
         for i in slots:
-            slot, skeleton = self.request.slots[i], self.skeletons[i]
+            skeleton = self.skeletons[i]
             at = next((offset for _, offset in skeleton.tensors), 0)
             literals += [(cursor + offset, data) for offset, data in skeleton.literals]
             self.places[i], self.bases[i] = (len(self.files), cursor + at), cursor
-            self.chunk(i, name, cursor, skeleton.size)
+            self.items.append((self.request.slots[i], name, cursor, skeleton.size))
             cursor += skeleton.size
         self.files.append(FilePlan(path, cursor, literals))
 
-    def chunk(self, i: int, file: str, offset: int, length: int) -> None:
-        slot = self.request.slots[i]
-        origin = slot.origin if slot.origin is not None else (0,) * len(slot.shape)
-        whole = slot.whole if slot.whole is not None else slot.shape
-        if slot.name not in self.tensors:
-            self.tensors[slot.name] = _node(
-                "TensorStorageMetadata", {"properties": _properties(slot.dtype), "size": Size(whole), "chunks": []}
-            )
-        entry = _node("ChunkStorageMetadata", {"offsets": Size(origin), "sizes": Size(slot.shape)})
-        self.tensors[slot.name].state["chunks"].append(entry)
-        self.stored[_index(slot.name, Size(origin))] = _info(file, offset, length)
-
     def metadata(self) -> bytes:
         """The `.metadata` file: what torch's FileSystemReader unpickles."""
+        tensors: dict[str, Call] = {}
+        stored: dict[Call, Call] = {}
+        for entry, file, offset, length in self.items:
+            info = _info(file, offset, length)
+            if isinstance(entry, ObjectSlot):
+                origin, whole = (entry.origin, entry.whole) if entry.whole else ((0,), (1,))
+                key = f"{entry.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
+                tensors[key] = _node("BytesStorageMetadata", {})
+                stored[_index(key, None)] = info
+                continue
+            at = Size(entry.origin if entry.origin is not None else (0,) * len(entry.shape))
+            whole = entry.whole if entry.whole is not None else entry.shape
+            if entry.name not in tensors:
+                state = {"properties": _properties(entry.dtype), "size": Size(whole), "chunks": []}
+                tensors[entry.name] = _node("TensorStorageMetadata", state)
+            chunk = _node("ChunkStorageMetadata", {"offsets": at, "sizes": Size(entry.shape)})
+            tensors[entry.name].state["chunks"].append(chunk)
+            stored[_index(entry.name, at)] = info
         state = {
-            "state_dict_metadata": self.tensors, "planner_data": None, "storage_data": self.stored,
+            "state_dict_metadata": tensors, "planner_data": None, "storage_data": stored,
             "storage_meta": None, "version": "1.0.0",
         }  # fmt: skip
         return dumps(_node("Metadata", state), protocol=2)

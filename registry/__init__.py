@@ -95,7 +95,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name == "__version__":
-        from registry.prepare import library_version
+        from registry.version import library_version
 
         return library_version()
     raise AttributeError(f"module 'registry' has no attribute {name!r}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry import catalog
-from registry.dtypes import ITEMSIZE, torch_dtype
+from registry.dtypes import ITEMSIZE, dtype_name, torch_dtype
 from registry.errors import MappingError
 from registry.execute import assembler, check_replicas
 from registry.files import SourceFiles
@@ -150,10 +150,10 @@ class Checkpoint:
 
     def view(
         self, to: str, *, parallel: Parallel | None = None, rank: Rank | None = None,
-        dtype: str | None = None, options: Mapping[str, Any] | None = None,
+        dtype: str | torch.dtype | None = None, options: Mapping[str, Any] | None = None,
     ) -> View:  # fmt: skip
         """The tensors in the terms of format `to`: a mapping from name to torch tensor. Raises MappingError."""
-        return View(self._source, to, parallel, rank, dtype, options)
+        return View(self._source, to, parallel, rank, None if dtype is None else dtype_name(dtype), options)
 
     def __repr__(self) -> str:
         count = sum(math.prod(shape) for shape in self.tensors.values())

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from registry.errors import CheckpointError, RegistryError, TargetError
+from registry.storage import Small, small_bytes
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -188,10 +189,11 @@ def _exchange(stage: Path, target: Path) -> None:
     aside.rename(stage)
 
 
-def write_small(root: Path, small: Mapping[str, bytes], copies: Mapping[str, Path], *, durable: bool) -> int:
+def write_small(root: Path, small: Mapping[str, Small], copies: Mapping[str, Path], *, durable: bool) -> int:
     """Write the small files and copy those that travel along. Returns their bytes."""
     total = 0
-    for name, data in small.items():
+    for name, content in small.items():
+        data = small_bytes(content)
         total += len(data)
         _write(root / name, data, durable)
     for name, path in copies.items():

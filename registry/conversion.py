@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from registry.parallel import Parallel
 from registry.planning import Copies, Plan
 from registry.prepare import Prepared, lay_out, prepare
 from registry.source import PathLike, load, local_path
+from registry.storage import Laid, small_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -106,26 +108,32 @@ def convert(
         load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
     )
     laid, notes = lay_out(prepared, options, cast)
-    needed = sum(file.size for file in laid.files) + sum(len(data) for data in laid.small.values())
+    needed = sum(file.size for file in laid.files)
     with staged(goal, needed=needed, durable=durable) as stage:
-        nbytes = write_small(stage, laid.small, laid.copies, durable=durable)
+        write_small(stage, laid.small, laid.copies, durable=durable)
         execute(
             prepared.plan, prepared.source.opened, laid, prepared.target.slots, stage,
             threads=threads, progress=progress, durable=durable,
         )  # fmt: skip
     files = len(laid.files) + len(laid.small) + len(laid.copies)
-    nbytes += sum(file.size for file in laid.files)
-    return _report(prepared, notes, goal, files, nbytes, time.perf_counter() - start)
+    return _report(prepared, notes, goal, files, needed, time.perf_counter() - start)
 
 
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class PlanReport:
-    """What a conversion would do. `report` sums it up; `copies()` lists every group of copies."""
+    """What a conversion would do. `report` sums it up; `files` and `copies()` say it file by file and box by box."""
 
     report: Report
-    files: dict[str, int]
     plan: Plan
     prepared: Prepared
+    laid: Laid
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Every file of the target and its size in bytes."""
+        files = {file.path: file.size for file in self.laid.files}
+        files |= {name: len(small_bytes(small)) for name, small in self.laid.small.items()}
+        return files | {name: os.stat(path).st_size for name, path in self.laid.copies.items()}
 
     def copies(self) -> list[dict[str, Any]]:
         """Each group of equal copies: the tensor, its box, and how many times it is repeated."""
@@ -171,7 +179,7 @@ def plan(
         load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
     )
     laid, notes = lay_out(prepared, options, cast)
-    files = {file.path: file.size for file in laid.files} | {name: len(data) for name, data in laid.small.items()}
-    files |= {name: os.stat(path).st_size for name, path in laid.copies.items()}
-    report = _report(prepared, notes, None, len(files), sum(files.values()), time.perf_counter() - start)
-    return PlanReport(report, files, prepared.plan, prepared)
+    files = len(laid.files) + len(laid.small) + len(laid.copies)
+    nbytes = sum(file.size for file in laid.files)
+    report = _report(prepared, notes, None, files, nbytes, time.perf_counter() - start)
+    return PlanReport(report, prepared.plan, prepared, laid)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from attrs import frozen
@@ -19,6 +18,7 @@ from registry.specs import FormatSpec
 from registry.source import Source
 from registry.storage import Laid, Request
 from registry.target import Target, bind_target
+from registry.version import library_version
 
 MANIFEST_VERSION = 1
 
@@ -33,14 +33,6 @@ class Prepared:
     target: Target
     plan: Plan
     notes: tuple[str, ...]
-
-
-def library_version() -> str:
-    """The installed version of this library."""
-    try:
-        return version("checkpoint-registry")
-    except PackageNotFoundError:
-        return "0"
 
 
 def merged_options(spec: FormatSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -96,7 +88,9 @@ def _choices(source: Source, spec: FormatSpec, options: Mapping[str, Any]) -> di
 def prepare_target(
     source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
 ) -> tuple[Target, Plan]:
-    """Bind the target and plan every copy. Raises MappingError and ParallelError."""
+    """Bind the target and plan every copy. Raises ArgumentError, MappingError and ParallelError."""
+    if dtype is not None and not is_float(dtype):
+        raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
     choices = _choices(source, spec, options)
     rules = list(format_rules(spec, source.architecture))
     target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
@@ -116,8 +110,6 @@ def prepare(
     spec = catalog.format_spec(to)
     chosen = merged_options(spec, options)
     layout, notes = fitted(spec, parallel or Parallel())
-    if dtype is not None and not is_float(dtype):
-        raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
     target, plan = prepare_target(source, spec, layout, chosen, dtype)
     return Prepared(source, spec, layout, target, plan, (*source.notes, *notes))
 

@@ -122,18 +122,26 @@ class FilePlan:
     literals: list[tuple[int, bytes]]
 
 
+Small = bytes | Callable[[], bytes]
+
+
+def small_bytes(small: Small) -> bytes:
+    """The bytes of a small file."""
+    return small if isinstance(small, bytes) else small()
+
+
 @frozen
 class Laid:
     """Where everything goes.
 
-    `places[i]` is (file index, byte offset) of slot i. `small` are whole files (path -> bytes) and `copies` files to be
-    copied (path -> source). With `crc`, the engine computes the CRC32 of every slot's bytes and `seal(crcs)` gives the
+    `places[i]` is (file index, byte offset) of slot i. `small` are whole files (path -> bytes, or what makes the bytes
+    where that takes long and a plan can do without) and `copies` files to be copied (path -> source). With `crc`, the engine computes the CRC32 of every slot's bytes and `seal(crcs)` gives the
     last literals as (file index, offset, bytes).
     """
 
     files: list[FilePlan]
     places: list[tuple[int, int]]
-    small: dict[str, bytes] = field(factory=dict)
+    small: dict[str, Small] = field(factory=dict)
     copies: dict[str, Path] = field(factory=dict)
     seal: Callable[[Sequence[int]], list[tuple[int, int, bytes]]] | None = None
 

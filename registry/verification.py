@@ -60,7 +60,7 @@ class Verification:
             lines = [f"different: {len(self.differences)} of {self.tensors} logical tensors"]
             shown = collapse([f"{d.tensor}: {d.problem}" for d in self.differences])
             lines += [f"  {line}" for line in shown]
-            lines += [f"  stored as {name}" for name in collapse([n for d in self.differences for n in d.stored], 6)]
+            lines += ["  stored as", *(f"    {name}" for name in collapse([n for d in self.differences for n in d.stored], 6))]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

@@ -1,10 +1,11 @@
 """`python -m benchmarks.bench`: conversions against `cp` of the same bytes, memory, planning and start-up times.
 
-Both sides of a comparison start alike: an unmeasured `cp` brings the source into the page cache and makes a virtual machine
-have the memory that the run is about to take (the first touch of a page that the host must find costs several times the
-copy), its target is removed again, and no page is dirty. Runs of `cp` and of the library alternate; the ratio is the median
-of the pairs' ratios. A conversion is a process of its own, whose anonymous memory is
-sampled from outside; its time is given in the call (`convert()` alone) and of the whole process.
+Both sides of a comparison start alike: an unmeasured `cp` brings the source into the page cache and makes a virtual
+machine have the memory that the run is about to take (the first touch of a page that the host must find costs several
+times the copy), its target is removed again, and no page is dirty. Runs of `cp` and of the library alternate; the ratio
+is the median of the pairs' ratios. A conversion is a process of its own, whose anonymous memory is sampled from
+outside; its time is given in the call (`convert()` alone) and of the whole process. On a busy machine the wall time of
+two threads says little: the processor time of both sides is given too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -35,9 +36,9 @@ from registry.parallel import Parallel
 source, target, to, parallel, dtype, durable = json.loads(sys.argv[1])
 if dtype:
     import torch
-before, start = anonymous(), time.perf_counter()
+before, start, cpu = anonymous(), time.perf_counter(), time.process_time()
 convert(source, target, to=to, parallel=Parallel(**parallel), dtype=dtype, durable=durable)
-print(json.dumps([time.perf_counter() - start, before]))
+print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, before]))
 """
 
 _PLAN = """
@@ -104,7 +105,9 @@ class Row:
     durable: bool
     nbytes: int
     cp: float
+    cp_cpu: float
     call: float
+    call_cpu: float
     process: float
     call_ratio: float
     process_ratio: float
@@ -127,16 +130,29 @@ def settle() -> None:
         time.sleep(0.05)
 
 
-def copy(source: Path, target: Path, durable: bool) -> float:
-    """Seconds that `cp -r` takes, with an fsync of every file where `durable`."""
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", source, target], check=True)
+@dataclass
+class Run:
+    """One run: seconds, of the call and of its whole process, processor seconds, and anonymous bytes."""
+
+    call: float
+    cpu: float
+    process: float
+    peak: int = 0
+    over: int = 0
+
+
+def copy(source: Path, target: Path, durable: bool) -> Run:
+    """`cp -r`, with an fsync of every file where `durable`."""
+    start, before = time.perf_counter(), os.times()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     if durable:
         for path in [*files_of(target), target, target.parent]:
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-    return time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, os.times()
+    cpu = after.children_user - before.children_user + after.children_system - before.children_system
+    return Run(seconds, cpu, seconds)
 
 
 def _watch(pid: int, stop: threading.Event, peak: list[int]) -> None:
@@ -150,8 +166,8 @@ def _watch(pid: int, stop: threading.Event, peak: list[int]) -> None:
             peak[0] = max(peak[0], int(text.split("RssAnon:")[1].split()[0]) << 10)
 
 
-def convert(direction: Direction, source: Path, target: Path, durable: bool) -> tuple[float, float, int, int]:
-    """(seconds in the call, of the whole process, peak anonymous bytes, those over what the imports took)."""
+def convert(direction: Direction, source: Path, target: Path, durable: bool) -> Run:
+    """One conversion, in a process of its own."""
     arguments = [str(source), str(target), direction.to, direction.parallel, direction.dtype, durable]
     stop, peak = threading.Event(), [0]
     start = time.perf_counter()
@@ -164,34 +180,31 @@ def convert(direction: Direction, source: Path, target: Path, durable: bool) -> 
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{direction.name} failed")
-    call, before = json.loads(output)
-    return call, seconds, peak[0], peak[0] - before
+    call, cpu, before = json.loads(output)
+    return Run(call, cpu, seconds, peak[0], peak[0] - before)
 
 
 def measure(direction: Direction, source: Path, scratch: Path, durable: bool, pairs: int) -> Row:
     """Alternating runs of `cp` and of the conversion."""
-    copies: list[float] = []
-    runs: list[tuple[float, float, int, int]] = []
+    copies: list[Run] = []
+    runs: list[Run] = []
     target = scratch / "target"
-
-    def by_cp() -> None:
-        copies.append(copy(source, target, durable))
-
-    def by_us() -> None:
-        runs.append(convert(direction, source, target, durable))
-
     for i in range(pairs):
-        for run in (by_cp, by_us) if i % 2 == 0 else (by_us, by_cp):
+        for ours in (i % 2 == 1, i % 2 == 0):
             copy(source, target, durable=False)
             _clean(target)
             settle()
-            run()
+            if ours:
+                runs.append(convert(direction, source, target, durable))
+            else:
+                copies.append(copy(source, target, durable))
             _clean(target)
-    ratios = [[run[k] / cp for run, cp in zip(runs, copies, strict=True)] for k in (0, 1)]
+    nbytes, both = sum(file.stat().st_size for file in files_of(source)), list(zip(runs, copies, strict=True))
     return Row(
-        direction.name, durable, sum(file.stat().st_size for file in files_of(source)), median(copies),
-        median(r[0] for r in runs), median(r[1] for r in runs), median(ratios[0]), median(ratios[1]),
-        max(r[2] for r in runs), max(r[3] for r in runs),
+        direction.name, durable, nbytes, median(c.call for c in copies), median(c.cpu for c in copies),
+        median(r.call for r in runs), median(r.cpu for r in runs), median(r.process for r in runs),
+        median(r.call / c.call for r, c in both), median(r.process / c.call for r, c in both),
+        max(r.peak for r in runs), max(r.over for r in runs),
     )  # fmt: skip
 
 
@@ -240,15 +253,19 @@ def startup(times: int = 9) -> dict[str, float]:
 
 
 def _table(rows: list[Row], plans: dict[str, dict[str, float]], starts: dict[str, float]) -> Iterator[str]:
-    yield f"{'direction':<18} {'durable':<8} {'MB':>6} {'cp s':>6} {'call s':>7} {'ratio':>6} {'process':>8} {'anon MiB':>9} {'over':>5}"
+    heads = "durable", "MB", "cp s", "cpu", "call s", "cpu", "ratio", "process", "anon MiB", "over"
+    yield f"{'direction':<18}" + "".join(f"{head:>9}" for head in heads)
     for r in rows:
+        seconds = r.cp, r.cp_cpu, r.call, r.call_cpu, r.call_ratio, r.process_ratio
         yield (
-            f"{r.name:<18} {'yes' if r.durable else 'no':<8} {r.nbytes / 1e6:>6.0f} {r.cp:>6.2f} {r.call:>7.2f} {r.call_ratio:>6.2f} "
-            f"{r.process_ratio:>8.2f} {r.peak_anonymous / 2**20:>9.0f} {r.over_imports / 2**20:>5.0f}"
+            f"{r.name:<18}{'yes' if r.durable else 'no':>9}{r.nbytes / 1e6:>9.0f}"
+            + "".join(f"{number:>9.2f}" for number in seconds)
+            + f"{r.peak_anonymous / 2**20:>9.0f}{r.over_imports / 2**20:>9.0f}"
         )
     for to, times in plans.items():
         tensors = times.pop("tensors")
-        yield f"plan to {to}, {tensors:.0f} tensors: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+        steps = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
+        yield f"plan to {to}, {tensors:.0f} tensors: {steps}"
     yield ", ".join(f"{name} {seconds:.2f} s" for name, seconds in starts.items())
 
 
@@ -262,26 +279,28 @@ def _bytes(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and print one table or JSON."""
+    names = ", ".join(direction.name for direction in DIRECTIONS)
+    kept = Path(tempfile.gettempdir(), "registry-bench")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     parser.add_argument("--size", type=_bytes, default=_bytes("2.2GB"), help="bytes of the Llama (default 2.2GB)")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir(), "registry-bench"), help="where models are kept")
-    parser.add_argument("--only", action="append", help=f"plan, start, or one of {', '.join(d.name for d in DIRECTIONS)}")
+    parser.add_argument("--dir", type=Path, default=kept, help="where models are kept")
+    parser.add_argument("--only", action="append", help=f"plan, start, or one of {names}")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of each direction")
-    parser.add_argument("--durable", choices=["no", "yes", "both"], default="both", help="with syncing to the disk, or without")
+    parser.add_argument("--durable", choices=["no", "yes", "both"], default="both", help="with syncing, or without")
     parser.add_argument("--json", action="store_true", help="JSON in place of a table")
     chosen = parser.parse_args(argv)
     modes = {"no": [False], "yes": [True], "both": [False, True]}[chosen.durable]
-    wanted: Callable[[str], bool] = lambda name: not chosen.only or name in chosen.only  # noqa: E731
     made: dict[str, Path] = {}
     rows = []
     with tempfile.TemporaryDirectory(dir=_made(chosen.dir)) as scratch:
-        for direction in filter(lambda d: wanted(d.name), DIRECTIONS):
+        for direction in (d for d in DIRECTIONS if not chosen.only or d.name in chosen.only):
             source = build(direction.source, chosen.dir, chosen.size, made)
             for durable in modes:
                 rows.append(measure(direction, source, Path(scratch), durable, chosen.pairs))
                 print(".", end="", file=sys.stderr, flush=True)
-    plans = {to: planning(chosen.dir, to) for to in ("megatron", "megatron-legacy", "trtllm") if wanted("plan")}
-    starts = startup() if wanted("start") else {}
+    targets = ("megatron", "megatron-legacy", "trtllm") if not chosen.only or "plan" in chosen.only else ()
+    plans = {to: planning(chosen.dir, to) for to in targets}
+    starts = startup() if not chosen.only or "start" in chosen.only else {}
     print(file=sys.stderr)
     if chosen.json:
         found: dict[str, Any] = {"rows": [asdict(row) for row in rows], "planning": plans, "startup": starts}

@@ -59,7 +59,8 @@ def gpt2(nbytes: int) -> tuple[dict[str, Any], Shapes]:
         at = f"transformer.h.{layer}"
         for norm in ("ln_1", "ln_2"):
             shapes[f"{at}.{norm}.weight"] = shapes[f"{at}.{norm}.bias"] = (hidden,)
-        for name, rows, columns in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1)):
+        linear = (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1))
+        for name, rows, columns in linear:
             shapes[f"{at}.{name}.weight"] = (rows * hidden, columns * hidden)
             shapes[f"{at}.{name}.bias"] = (columns * hidden,)
     shapes |= {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
@@ -98,7 +99,7 @@ def _header(shard: Shapes) -> tuple[bytes, int]:
 
 
 def write(path: Path, config: dict[str, Any], shapes: Shapes, *, sparse: bool = False) -> Path:
-    """Write a sharded HuggingFace directory; a complete one from an earlier run is kept. `sparse` writes headers only."""
+    """Write a sharded HuggingFace directory; a complete one is kept. `sparse` writes headers only."""
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)

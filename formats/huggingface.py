@@ -22,7 +22,9 @@ INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
-_OTHER_WEIGHTS = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|safetensors)$|.*\.(bin|safetensors)\.index\.json$")
+_OTHER_WEIGHTS = re.compile(
+    r".*\.(bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|safetensors)$|.*\.(bin|safetensors)\.index\.json$"
+)
 
 
 class Container:
@@ -123,10 +125,12 @@ def _check_index(path: Path, index: dict[str, Any], names: Sequence[str], pieces
             files = f"{held[piece.name]} and {names[piece.file]}"
             raise CheckpointError(
                 "two files hold the same tensor", where=path, expected="every tensor once",
-                found=f"{piece.name} in {files}", hint="download the directory again; the files are of several versions",
+                found=f"{piece.name} in {files}", hint="download the directory again; its files are of two versions",
             )  # fmt: skip
         held[piece.name] = names[piece.file]
-    details = [f"{t}: the index says {f}, which does not hold it" for t, f in index["weight_map"].items() if held.get(t) != f]
+    details = [
+        f"{t}: the index says {f}, which does not hold it" for t, f in index["weight_map"].items() if held.get(t) != f
+    ]
     details += [f"{t}: in {f}, but not in the index" for t, f in held.items() if t not in index["weight_map"]]
     if details:
         raise CheckpointError(
@@ -167,7 +171,9 @@ def _split(request: Request) -> dict[str, list[Slot]]:
     if chosen is None and index is not None:
         weights = documents.read_json(index).get("weight_map")
         if isinstance(weights, dict) and weights.keys() == {slot.name for slot in slots}:
-            shards: dict[str, list[Slot]] = {name: [] for name in sorted(set(_indexed_files(index.parent, {"weight_map": weights})))}
+            shards: dict[str, list[Slot]] = {
+                name: [] for name in sorted(set(_indexed_files(index.parent, {"weight_map": weights})))
+            }
             for slot in slots:
                 shards[weights[slot.name]].append(slot)
             return shards
@@ -186,14 +192,20 @@ def _split(request: Request) -> dict[str, list[Slot]]:
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _place_index(request: Request, shards: dict[str, list[Slot]], small: dict[str, Small], copies: dict[str, Path]) -> None:
+def _place_index(
+    request: Request, shards: dict[str, list[Slot]], small: dict[str, Small], copies: dict[str, Path]
+) -> None:
     weights = {slot.name: name for name, slots in shards.items() for slot in slots}
     total = sum(slot_bytes(slot) for slots in shards.values() for slot in slots)
     old = request.side_files.get(INDEX)
     if old is not None:
         before = documents.read_json(old)
         header = before.get("metadata")
-        if before.get("weight_map") == weights and isinstance(header, dict) and header.get("total_size") in (None, total):
+        if (
+            before.get("weight_map") == weights
+            and isinstance(header, dict)
+            and header.get("total_size") in (None, total)
+        ):
             copies[INDEX] = old
             return
     small[INDEX] = documents.to_json({"metadata": {"total_size": total}, "weight_map": weights})

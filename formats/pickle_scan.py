@@ -72,10 +72,11 @@ def _refuse(data: bytes, at: int, where: str) -> None:
     code = data[at]
     if code in b"".join(_FIXED.values()) + b"r":  # known, but cut short, or a memo index beyond reason
         found = f"{_NAMES[code]} at byte {at} has a bad argument"
-        raise CheckpointError("a pickle is corrupt", where=where, found=found)
+        raise CheckpointError("a pickle is corrupt", where=where, expected="a whole pickle", found=found)
     raise UnsafePickleError(
         "a pickle uses an opcode that plain data never needs",
         where=where,
+        expected="tensors and plain data",
         found=f"{_NAMES.get(code, f'byte {code:#04x}')} at byte {at}",
         hint="if you trust the file, load it in its own program and save it again at protocol 2 or later",
     )

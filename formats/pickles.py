@@ -8,13 +8,13 @@ checkpoint, and the user should hear of it. There is no flag that falls back to 
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from registry.collector import no_collection
 from registry.errors import CheckpointError, RegistryError, UnsafePickleError
 
 from .pickle_nodes import Builder, Call, Global, InertDict, Persistent, Size, attr, attributes, brief
@@ -99,20 +99,15 @@ def loads(
     """
     check_opcodes(data, where)
     unpickler = _Unpickler(data, where, persistent, build or {})
-    # Millions of small objects that all survive: the collector would walk them again and again, for half of the time.
-    collecting = gc.isenabled()
-    gc.disable()
     try:
-        return unpickler.load()
+        with no_collection():
+            return unpickler.load()
     except RegistryError:
         raise
     except Exception as error:
         raise CheckpointError(
-            "a pickle is corrupt", where=where, found=f"{type(error).__name__}: {error}", hint="get the file again"
+            "a pickle is corrupt", where=where, expected="a whole pickle", found=f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        if collecting:
-            gc.enable()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -143,6 +138,8 @@ class _Unpickler(pickle.Unpickler):
             raise UnsafePickleError(
                 f"a pickle names a global that is not allowed: {module}.{name}",
                 where=self._where,
+                expected="tensors and plain data",
+                found=f"{module}.{name}",
                 hint="do not load this file with pickle or torch.load unless you trust who wrote it; "
                 "a checkpoint needs no such object: save it again without it",
             )

@@ -6,15 +6,15 @@ passes through here; callers move tensor bytes themselves, at the absolute offse
 
 from __future__ import annotations
 
-import gc
 import json
 import os
+import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Never
 
+from registry.collector import no_collection
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError, TargetError
 
@@ -57,6 +57,7 @@ _NOT_ONE = "this is no safetensors file, or a Git LFS pointer in the place of on
 
 #: repr, cut short and not too deep: what a hostile file holds goes into messages, and may be huge or nested.
 _repr = reprlib.Repr()
+_FLOAT = re.compile(rb"[0-9][.eE]\d*[],}\s]|[0-9][.eE][+-]")
 _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 _repr.maxlist = _repr.maxtuple = 16
 _show = _repr.repr
@@ -78,10 +79,12 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """
     raw, size = _read_raw(path)
     start = _LENGTH_BYTES + len(raw)
-    with _no_collection():
+    with no_collection():
         document = _parse(path, raw)
         metadata = _checked_metadata(path, document.pop(_METADATA, None))
-        entries = {name: _entry(path, name, value, start) for name, value in document.items()}
+        # Models repeat few shapes. A shape is checked once, unless something in it may equal an integer and be none.
+        seen: dict[Any, tuple[str, tuple[int, ...], int]] | None = {} if _only_integers(raw) else None
+        entries = {name: _entry(path, name, value, start, seen) for name, value in document.items()}
         # The header may list tensors in any order. Sorting by both ends puts empty tensors before the one they touch.
         ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     _check_cover(path, ordered, start, size)
@@ -203,8 +206,30 @@ def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
+def _only_integers(raw: bytes) -> bool:
+    """Can no number in the JSON text be a float, true or false? (A false no costs only time.)"""
+    return b"true" not in raw and b"false" not in raw and _FLOAT.search(raw) is None
+
+
+def _entry(path: Path, name: str, value: Any, start: int, seen: dict[Any, tuple[str, tuple[int, ...], int]] | None) -> Entry:
     """The entry `value` of the header, checked by itself; `start` is where the data begins."""
+    if seen is not None and name.isascii():
+        try:
+            if len(value) != 3:
+                raise KeyError
+            begin, end = value["data_offsets"]
+            dtype, shape, nbytes = seen[value["dtype"], *value["shape"]]
+            if 0 <= begin and end - begin == nbytes and end <= _MAX_SIZE:
+                return Entry(dtype, shape, start + begin, start + end)
+        except (KeyError, TypeError, ValueError):
+            pass
+    entry = _checked_entry(path, name, value, start)
+    if seen is not None:
+        seen[value["dtype"], *value["shape"]] = entry.dtype, entry.shape, entry.end - entry.begin
+    return entry
+
+
+def _checked_entry(path: Path, name: str, value: Any, start: int) -> Entry:
     if not (name.isascii() or _is_text(name)):
         _refuse(path, "a tensor's name is not text that UTF-8 can encode", name)
     if type(value) is not dict or value.keys() != _KEYS:
@@ -214,7 +239,8 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
     known = _BY_CODE.get(code) if type(code) is str else None
     if known is None:
         if type(code) is str and code in _SUB_BYTE:
-            _refuse(path, "dtypes of less than a byte are not supported", name, found=code)
+            expected = "whole bytes: " + ", ".join(_BY_CODE)
+            _refuse(path, "dtypes of less than a byte are not supported", name, expected=expected, found=code)
         _refuse(path, "unknown dtype", name, expected=", ".join(_BY_CODE), found=_show(code))
     if type(shape) is not list or not _are_sizes(shape):
         expected = f"a list of integers from 0 to {_MAX_SIZE}"
@@ -284,15 +310,3 @@ def _refuse(
     where = os.fspath(path) if tensor is None else f"{os.fspath(path)}, tensor {_show(tensor)}"
     # `from None`: the exception of json or the codec would only repeat what is said here
     raise CheckpointError(problem, where=where, expected=expected or None, found=found or None, hint=hint) from None
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pauses the garbage collector: nothing made meanwhile has cycles, and looking for them would double the time."""
-    paused = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if paused:
-            gc.enable()

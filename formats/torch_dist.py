@@ -1,6 +1,6 @@
 """Megatron-Core's torch_dist checkpoints: `.metadata`, `__{rank}_{n}.distcp`, and common state in either generation.
 
-A .distcp file is a row of items, each a whole torch.save archive; `.metadata` says which chunk of which tensor is where.
+A .distcp file is a row of items, each a whole torch.save archive; `.metadata` says where which chunk is.
 Source: torch/distributed/checkpoint/{metadata,filesystem}.py, megatron/core/dist_checkpointing/strategies/torch.py.
 """
 
@@ -57,7 +57,7 @@ class Container:
         tensors = attr(metadata, "state_dict_metadata")
         if not isinstance(stored, dict) or not isinstance(tensors, dict):
             raise CheckpointError(
-                "not the metadata of a checkpoint", where=where, expected="dictionaries of tensors and of where they lie",
+                "not the metadata of a checkpoint", where=where, expected="dictionaries of tensors and places",
                 found=f"{brief(tensors)} and {brief(stored)}", hint=_AGAIN,
             )  # fmt: skip
         items = _items(path, stored)
@@ -129,7 +129,7 @@ def _items(path: Path, stored: dict[Any, Any]) -> _Items:
                 )  # fmt: skip
             if not (path / file).is_file():
                 raise CheckpointError(
-                    "a file that the metadata names is missing", where=path / file, expected=f"{file}, which holds {name}",
+                    "a file that the metadata names is missing", where=path / file, expected=f"a file with {name}",
                     found="no such file", hint="copy it again; the files of every rank are needed",
                 )  # fmt: skip
             index[file] = len(items.files)
@@ -309,7 +309,11 @@ def _index(name: str, offset: Size | None) -> Call:
 
 
 def _info(file: str, offset: int, length: int) -> Call:
-    return _node("_StorageInfo", {"relative_path": file, "offset": offset, "length": length}, "torch.distributed.checkpoint.filesystem")
+    return _node(
+        "_StorageInfo",
+        {"relative_path": file, "offset": offset, "length": length},
+        "torch.distributed.checkpoint.filesystem",
+    )
 
 
 def _properties(dtype: str) -> Call:
@@ -317,5 +321,3 @@ def _properties(dtype: str) -> Call:
     memory = Global(_DCP, "_MEM_FORMAT_ENCODING").call(0)
     state = (Global("torch", dtype), layout, False, memory, False)
     return Global(_DCP, "TensorProperties").new(state=state)
-
-

@@ -6,7 +6,6 @@ Source: megatron/training/checkpointing.py (get_checkpoint_name, generate_state_
 from __future__ import annotations
 
 import itertools
-import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,9 @@ class Container:
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read the pickle of every rank's file; tensors stay where they are. Raises CheckpointError."""
         path = megatron_dirs.directory(path, _is_checkpoint, "per-rank Megatron checkpoint")
-        found = {m: p for p in sorted(path.glob("mp_rank_*")) if (m := _DIRECTORY.fullmatch(p.name)) and (p / FILE).is_file()}
+        found = {
+            m: p for p in sorted(path.glob("mp_rank_*")) if (m := _DIRECTORY.fullmatch(p.name)) and (p / FILE).is_file()
+        }
         states = {p: _load(p / FILE) for p in found.values()}
         first = next(iter(states.values()))
         arguments = megatron_dirs.arguments(first)
@@ -144,7 +145,7 @@ def _rank(match: re.Match[str], parallel: Parallel, path: Path) -> Rank:
 
 
 def _check_ranks(path: Path, parallel: Parallel, ranks: Mapping[Path, Rank]) -> Parallel:
-    """The layout that the arguments and the names give together. Raises CheckpointError unless every rank is there once."""
+    """The layout that arguments and names give together. Raises CheckpointError unless every rank is there once."""
     held = {rank: directory.name for directory, rank in ranks.items()}
     twice = [f"{directory.name} and {held[rank]}" for directory, rank in ranks.items() if held[rank] != directory.name]
     if twice:
@@ -168,7 +169,9 @@ def _check_ranks(path: Path, parallel: Parallel, ranks: Mapping[Path, Rank]) -> 
 def _read_model(
     path: Path, state: Mapping[str, Any], file: int, rank: Rank, pieces: list[Piece], entries: list[str]
 ) -> None:
-    chunks = {int(match[1] or 0): model for key, model in state.items() if (match := re.fullmatch(r"model(\d*)", str(key)))}
+    chunks = {
+        int(match[1] or 0): model for key, model in state.items() if (match := re.fullmatch(r"model(\d*)", str(key)))
+    }
     if not chunks:
         raise CheckpointError(
             "the file holds no model", where=path, expected="a key `model` or `model0`",
@@ -185,7 +188,9 @@ def _read_model(
             if isinstance(value, torchzip.TensorRef):
                 strides = None if value.is_contiguous else value.stride
                 pieces.append(
-                    Piece(str(name), value.dtype, value.shape, file, value.offset, rank._replace(vpp=vpp), strides=strides)
+                    Piece(
+                        str(name), value.dtype, value.shape, file, value.offset, rank._replace(vpp=vpp), strides=strides
+                    )
                 )
             else:
                 entries.append(str(name))

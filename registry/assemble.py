@@ -25,8 +25,8 @@ from registry.values import convert
 
 #: Runs of at least so many bytes are read one by one: a system call costs what copying a few KiB does.
 RUN = 32 << 10
-#: A stretch of the source is read whole where at least one byte in so many is wanted, and where it is no longer than this.
-DENSE = 4
+#: A stretch of the source is read whole where no more than this times what is wanted, and no more than so many bytes.
+DENSE = 1.5
 SCRATCH = 8 << 20
 _BLOCK = 256
 
@@ -122,7 +122,8 @@ def table(plan: Plan, opened: Opened, slots: Sequence[Slot], nbytes: np.ndarray)
     owner, *rest = (np.concatenate(column) for column in columns)
     order = np.argsort(owner, kind="stable")
     bounds = np.searchsorted(owner[order], np.arange(len(slots) + 1))
-    return Table(kinds, *(column[order] for column in rest), bounds, written == nbytes)
+    kind_of, file, start, place = (column[order] for column in rest)
+    return Table(kinds, kind_of, file, start, place, bounds, written == nbytes)
 
 
 @frozen(eq=False)
@@ -197,7 +198,7 @@ class Assembler:
             ) from None
 
     def _scratch(self, nbytes: int) -> memoryview:
-        """This thread's own buffer. It is zeroed when it is made, so that its pages are there once and for all."""
+        """This thread's own buffer, made once: fresh memory costs several times what a copy into it does."""
         have: memoryview | None = getattr(self._local, "scratch", None)
         if have is None or len(have) < nbytes:
             size = min(max(nbytes, 1 << (nbytes - 1).bit_length()), SCRATCH)

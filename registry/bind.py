@@ -171,9 +171,12 @@ class _Reader:
 
     def __init__(self, opened: Opened, spec: FormatSpec, model: LogicalModel, parallel: Parallel) -> None:
         self.opened, self.spec, self.model, self.parallel = opened, spec, model, parallel
-        self.table: dict[Rank | None, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self.table: dict[Rank | None, dict[str, int]] = defaultdict(dict)
+        self.further: dict[tuple[Rank | None, str], list[int]] = defaultdict(list)
         for i, piece in enumerate(opened.pieces):
-            self.table[piece.rank][piece.name].append(i)
+            names = self.table[piece.rank]
+            if names.setdefault(piece.name, i) != i:  # further chunks of a tensor
+                self.further[piece.rank, piece.name].append(i)
         self.claimed = np.zeros(len(opened.pieces), dtype=bool)
         self.bound = Bound()
         self.problems: list[str] = []
@@ -183,18 +186,22 @@ class _Reader:
         """Find every piece of one rule."""
         if not self.model.present.intersection(rule.parsed.tensors):
             return
-        for spelling in spellings(rules_spec(self.spec, self.model.architecture), pattern, rule):
+        for spelling in self.spelled(pattern, rule):
             found = list(self.find(spelling))
             if any(indices for _, _, _, indices in found):
                 break
         else:
             if not rule.optional and any(t in self.model.tensors for t in rule.parsed.tensors):
-                self.bound.missing.append(pattern)
+                first = self.spelled(pattern, rule)[0]
+                self.bound.missing += [name for _, name, _, _ in self.find(first)] or [pattern]
             return
         for variant, choice in spelling.choices:
             self.bound.variants.setdefault(variant, choice)
         self.bound.missing += [name for _, name, _, indices in found if not indices and self.must(rule)]
         self.group(pattern, rule, spelling, found)
+
+    def spelled(self, pattern: str, rule: Rule) -> list[Spelling]:
+        return spellings(rules_spec(self.spec, self.model.architecture), pattern, rule)
 
     def must(self, rule: Rule) -> bool:
         return not rule.optional and not all(tensor in self.model.ties for tensor in rule.parsed.tensors)
@@ -207,7 +214,10 @@ class _Reader:
             spans = [self.span(axis, shards[axis], rank) for axis in axes]
             for values in itertools.product(*(range(count) for _, count in spans)):
                 name = template % (values if rank is not None else tuple(v + s[0] for v, s in zip(values, spans, strict=True)))
-                indices = names.get(name, [])
+                first_piece = names.get(name)
+                indices = [] if first_piece is None else [first_piece]
+                if self.further:
+                    indices += self.further.get((rank, name), ())
                 if indices or rank is None or self.expected_on(rank, spelling):
                     yield rank, name, tuple(v + first for v, (first, _) in zip(values, spans, strict=True)), indices
 
@@ -244,8 +254,8 @@ class _Reader:
             try:
                 fragments = self.fragments(rule, layout, kind, dict(zip(shards, kind.at, strict=False)))
             except RegistryError as error:
-                name = self.opened.pieces[members[0]].name
-                self.problems.append(f"{name}: {error.problem}; expected {error.expected}, found {error.found}")
+                why = f"{error.problem}; expected {error.expected}, found {error.found}"
+                self.problems += [f"{self.opened.pieces[i].name}: {why}" for i in members]
                 continue
             axes = [*named, *(single[d] for d in kind.lone)]
             columns = np.array(index, dtype=np.int64).reshape(len(members), len(axes))

@@ -8,6 +8,7 @@ holds it is located, never imported.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from registry.errors import SpecError
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import ValidationError
 
     from registry.specs import ArchitectureSpec, FormatSpec
     from registry.storage import Container
@@ -57,17 +59,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+            seen = set()
+            for inner, _ in node.value:
+                key = str(self.construct_object(inner, deep=True))
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", inner.start_mark)
+                seen.add(key)
             return super().construct_mapping(node, deep)
 
     if path.stat().st_size > MAX_SPEC_BYTES:
         raise SpecError("spec file too large", where=path, expected=f"at most {MAX_SPEC_BYTES} bytes")
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a subclass of SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise SpecError("not a readable YAML file", where=path, found=error) from None
     if not isinstance(data, dict):
         raise SpecError("a spec file holds one mapping", where=path, found=type(data).__name__)
@@ -97,18 +101,27 @@ def _files(kind: str) -> dict[str, Path]:
     return found
 
 
-def _merge(base: Any, change: Any) -> Any:
-    """`change` laid over `base`: mappings merge, null removes, everything else replaces."""
+#: What a plain string stands for, where a mapping may stand too: below this key, it is that field of the mapping.
+_SHORTHAND = {"tensors": "layout", "facts": "field"}
+
+
+def _merge(base: Any, change: Any, key: str = "", inside: str = "") -> Any:
+    """`change` laid over `base`: mappings merge, null removes, everything else replaces.
+
+    `key` is what both are called, `inside` what the mapping around them is called.
+    """
+    if isinstance(base, list) and len(base) == 1 and isinstance(base[0], dict) and isinstance(change, dict):
+        return _merge(base[0], change)  # the one rule of a tensor, as a checked spec writes it
+    if isinstance(base, str) and isinstance(change, dict) and inside in _SHORTHAND:
+        return {_SHORTHAND[inside]: base, **change}
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
     merged = dict(base)
-    for key, value in change.items():
-        if value is None and key in merged:
-            del merged[key]
-        elif isinstance(value, dict) and isinstance(merged.get(key), str) and "layout" not in value and key != "write":
-            merged[key] = {"layout": merged[key], **value}
+    for name, value in change.items():
+        if value is None and name in merged:
+            del merged[name]
         else:
-            merged[key] = _merge(merged.get(key), value)
+            merged[name] = _merge(merged[name], value, name, key) if name in merged else value
     return merged
 
 
@@ -118,6 +131,8 @@ def _resolve(data: Mapping[str, Any], where: object, seen: tuple[str, ...] = ())
     if parent is None:
         return dict(data)
     kind = str(data.get("kind"))
+    if not isinstance(parent, str):
+        raise SpecError("extends names one spec", where=where, found=repr(parent))
     if parent in seen:
         raise SpecError("specs extend each other in a circle", where=where, found=" -> ".join((*seen, parent)))
     if (kind, parent) in _registered:
@@ -139,17 +154,50 @@ def build(data: Mapping[str, Any], where: object) -> ArchitectureSpec | FormatSp
         "architecture": ArchitectureSpec,
         "format": FormatSpec,
     }
-    if data.get("kind") not in models:
-        raise SpecError("a spec says what it is", where=where, expected="kind: architecture or format", found=data.get("kind"))
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in models:
+        raise SpecError("a spec says what it is", where=where, expected="kind: architecture or format", found=repr(kind))
+    whole = _resolve(data, where)
     try:
-        return models[data["kind"]].model_validate(_resolve(data, where))
+        return models[kind].model_validate(whole)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(step) for step in problem['loc']) or data.get('name')}: "
-            + problem["msg"].removeprefix("Value error, ")
-            for problem in error.errors()
-        ]
-        raise SpecError(f"the {data['kind']} spec {data.get('name')!r} is wrong", where=where, details=problems) from None
+        problems = _listed(error)
+        try:  # What is wrong by itself hides what does not fit together: leave it out, and look again.
+            models[kind].model_validate(_without(whole, error))
+        except ValidationError as further:
+            problems += [problem for problem in _listed(further) if problem not in problems]
+        raise SpecError(f"the {kind} spec {data.get('name')!r} is wrong", where=where, details=problems) from None
+
+
+def _listed(error: ValidationError) -> list[str]:
+    found: list[str] = []
+    for problem in error.errors():
+        several = problem.get("ctx", {}).get("error")
+        place = ".".join(str(step) for step in problem["loc"])
+        found += getattr(several, "found", [f"{place}: {problem['msg'].removeprefix('Value error, ')}"])
+    return found
+
+
+def _without(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """The data of a spec with every wrong value taken out, or replaced where an expression has to be."""
+    whole = copy.deepcopy(data)
+    for problem in error.errors():
+        *steps, last = problem["loc"] or ("",)
+        if problem["type"] == "missing" and steps:  # what lacks it goes as a whole
+            last = next(step for step in reversed(steps) if isinstance(step, str))
+            steps = steps[: steps.index(last)]
+        inner: Any = whole
+        for step in steps:
+            if isinstance(inner, dict):
+                inner = inner.get(step, inner)
+            elif isinstance(inner, list) and isinstance(step, int) and step < len(inner):
+                inner = inner[step]
+        if isinstance(inner, dict) and last in inner:
+            if problem["type"] == "value_error":
+                inner[last] = "0"
+            else:
+                del inner[last]
+    return whole
 
 
 @cache
@@ -204,8 +252,10 @@ def register(spec: str | os.PathLike[str] | Mapping[str, Any] | ArchitectureSpec
         built = build(_read_yaml(path), path)
     elif isinstance(spec, Mapping):
         built = build(spec, f"spec {spec.get('name')!r}")
-    else:
+    elif hasattr(spec, "model_dump"):
         built = spec
+    else:
+        raise SpecError("a spec is a YAML file, a mapping or a spec model", found=repr(spec)[:200])
     codecs = {rule.codec for _, rule in built.rules() if rule.codec} - set(_codecs)
     if codecs:
         raise SpecError(f"the spec {built.name!r} names unknown codecs", found=sorted(codecs), hint="register_codec() first")

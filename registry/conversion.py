@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, field, frozen
 
+from registry.collector import no_collection
 from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
 from registry.execute import Progress, execute
@@ -104,12 +105,12 @@ def convert(
     goal = local_path(target)
     check_target(local_path(source), goal, overwrite)
     cast = None if dtype is None else dtype_name(dtype)
-    prepared = prepare(
-        load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
-    )
-    laid, notes = lay_out(prepared, options, cast)
+    with no_collection():
+        loaded = load(source, config=config, architecture=architecture)
+        prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
+        laid, notes = lay_out(prepared, options, cast)
     needed = sum(file.size for file in laid.files)
-    with staged(goal, needed=needed, durable=durable) as stage:
+    with staged(goal, needed=needed, durable=durable, overwrite=overwrite) as stage:
         write_small(stage, laid.small, laid.copies, durable=durable)
         execute(
             prepared.plan, prepared.source.opened, laid, prepared.target.slots, stage,
@@ -123,10 +124,27 @@ def convert(
 class PlanReport:
     """What a conversion would do. `report` sums it up; `files` and `copies()` say it file by file and box by box."""
 
-    report: Report
     plan: Plan
     prepared: Prepared
-    laid: Laid
+    options: Mapping[str, Any] | None
+    dtype: str | None
+    seconds: float
+
+    @cached_property
+    def _laid(self) -> tuple[Laid, list[str]]:
+        return lay_out(self.prepared, self.options, self.dtype)
+
+    @property
+    def laid(self) -> Laid:
+        """Where everything will go in the target's files."""
+        return self._laid[0]
+
+    @cached_property
+    def report(self) -> Report:
+        """The report that the conversion would give, but for its time."""
+        files = len(self.laid.files) + len(self.laid.small) + len(self.laid.copies)
+        nbytes = sum(file.size for file in self.laid.files)
+        return _report(self.prepared, self._laid[1], None, files, nbytes, self.seconds)
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -175,11 +193,7 @@ def plan(
     """Plan a conversion without writing anything. Arguments and errors are those of `convert`."""
     start = time.perf_counter()
     cast = None if dtype is None else dtype_name(dtype)
-    prepared = prepare(
-        load(source, config=config, architecture=architecture), to, parallel=parallel, dtype=cast, options=options
-    )
-    laid, notes = lay_out(prepared, options, cast)
-    files = len(laid.files) + len(laid.small) + len(laid.copies)
-    nbytes = sum(file.size for file in laid.files)
-    report = _report(prepared, notes, None, files, nbytes, time.perf_counter() - start)
-    return PlanReport(report, prepared.plan, prepared, laid)
+    with no_collection():
+        loaded = load(source, config=config, architecture=architecture)
+        prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
+    return PlanReport(prepared.plan, prepared, options, cast, time.perf_counter() - start)

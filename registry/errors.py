@@ -7,14 +7,17 @@ collected and raised together, so that a user mends them in one go.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class RegistryError(Exception):
     """Base of everything this library raises on purpose.
 
     `problem` is one line. `where` names the file, tensor or rule; `expected` and `found` what disagreed; `hint` what
-    to do next. `details` lists further problems of the same report.
+    to do next (by default the class's own `advice`). `details` lists further problems of the same report.
     """
+
+    advice: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class RegistryError(Exception):
         self.where = where
         self.expected = expected
         self.found = found
-        self.hint = hint
+        self.hint = hint or self.advice
         self.details = tuple(details)
         super().__init__(self._text())
 
@@ -56,6 +59,8 @@ class SpecError(RegistryError):
 class CheckpointError(RegistryError):
     """A checkpoint on disk is corrupt, incomplete, hostile, or not what it claims to be."""
 
+    advice = "get the file again; it is incomplete, was changed after it was written, or its writer is faulty"
+
 
 class UnsafePickleError(CheckpointError):
     """A pickle names a global outside the allow-list, or an opcode that plain data never needs."""
@@ -71,6 +76,8 @@ class MappingError(RegistryError):
 
 class ParallelError(RegistryError):
     """A parallel layout does not fit the model (a size that does not divide, stages that do not add up)."""
+
+    advice = "choose another parallel layout"
 
 
 class TargetError(RegistryError):

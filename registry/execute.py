@@ -1,9 +1,9 @@
 """Carry out a plan: read each source byte once, write each target byte once, through small reused buffers.
 
-The engine here knows nothing of models. Target files are written in tiles of about a MiB, small tensors and the literal
+The engine here knows nothing of models. Target files are written in tiles of a few MiB, small tensors and the literal
 bytes between them together; a tile is assembled in a buffer that stays in the cache, summed there and written. Work is
-done in the order of the source, which is read ahead best and once; two threads write the same file only if they must, for
-the system lets one writer into a file at a time.
+done in the order of the source, which is read ahead best and once; two threads write the same file only if they must,
+for the system lets one writer into a file at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 import os
 import threading
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -22,25 +21,26 @@ import numpy as np
 from attrs import define, field
 
 from registry.assemble import Assembler, Op, array, assembler, copy_strided
-from registry.crc import combine
+from registry.crc import combine, crc32
 from registry.dtypes import ITEMSIZE
-from registry.errors import CheckpointError, MappingError, TargetError
+from registry.errors import MappingError, TargetError
 from registry.files import SourceFiles, TargetFiles
 from registry.planning import Plan
 from registry.storage import Laid, Opened, Piece, Slot, slot_bytes
 
 __all__ = ["TILE", "Assembler", "Progress", "assembler", "check_replicas", "copy_strided", "execute"]
 
-TILE = 1 << 20
+#: Smaller tiles mean more steps in Python, larger ones leave the cache.
+TILE = 2 << 20
 #: Tiles of a large slot that are one job, and jobs that are looked through for one whose file nobody writes.
-_PART = 32
+_PART = 16
 _LOOK = 32
 
 Progress = Callable[[int, int], None]
 
 
 class Job(NamedTuple):
-    """A stretch of one target file that one worker writes: the slots `first` to `stop` of the run's order, or a part of one."""
+    """A stretch of one target file that one worker writes: the slots `first` to `stop` in order, or a part of one."""
 
     file: int
     begin: int
@@ -74,7 +74,8 @@ def _jobs(places: _Places) -> Iterator[Job]:
         end, stop = begin + sizes[start], start + 1
         while stop < count and files[stop] == file and begins[stop] + sizes[stop] - begin <= TILE:
             end, stop = begins[stop] + sizes[stop], stop + 1
-        for at, to in _cuts(begin, end, TILE * _PART):
+        alone = stop == start + 1
+        for at, to in _cuts(begin, end, TILE * _PART) if alone else [(begin, end)]:
             yield Job(file, at, to, start, stop)
         start = stop
 
@@ -143,7 +144,7 @@ class _Run:
 
     def work(self) -> None:
         """One worker: jobs until none is left."""
-        buffer = memoryview(bytearray(TILE + 16))
+        buffer = memoryview(bytearray(TILE))
         while not self.stop.is_set() and (job := self.queue.take()) is not None:
             self.job(job, buffer)
             self.queue.done(job)
@@ -161,7 +162,7 @@ class _Run:
                 np.frombuffer(tile, np.uint8)[:] = 0
             self.assemble(job, ops, tile, begin, end)
             if self.laid.seal and job.stop == job.first + 1:
-                crc = zlib.crc32(tile, crc)
+                crc = crc32(tile, crc)
             elif self.laid.seal:
                 self.sum(job, tile)
             self.targets.write(job.file, begin, tile)
@@ -205,7 +206,7 @@ class _Run:
     def sum(self, job: Job, tile: memoryview) -> None:
         for i in range(job.first, job.stop):
             low, size = self.places.begins[i] - job.begin, self.places.sizes[i]
-            self.sums[self.places.slots[i]] = [(0, zlib.crc32(tile[low : low + size]), size)]
+            self.sums[self.places.slots[i]] = [(0, crc32(tile[low : low + size]), size)]
 
 
 def execute(
@@ -234,7 +235,8 @@ def execute(
                 targets.sync()
         except OSError as error:
             raise TargetError(
-                "the target cannot be written", where=error.filename or root, found=error.strerror or str(error),
+                "the target cannot be written", where=error.filename or root, expected="to write there",
+                found=error.strerror or str(error),
                 hint="free space or choose another target; what was there before is untouched",
             ) from error  # fmt: skip
     return total
@@ -287,6 +289,7 @@ def check_replicas(plan: Plan, opened: Opened, sources: SourceFiles) -> None:
                     f"copies of {copies.tensor} differ",
                     where=f"{sources.path(first.file)}: {first.name} and {sources.path(twin.file)}: {twin.name}",
                     expected="equal bytes, for ranks hold replicas of it",
+                    found="different bytes",
                     hint="the checkpoint is damaged, or its ranks belong to different runs",
                 )
 

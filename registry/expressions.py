@@ -1,8 +1,9 @@
 """Small expressions over named facts, as specs use them: `heads // kv_heads`, `tied_embeddings and pp > 1`.
 
-The grammar is a closed subset of Python's expressions, walked by hand: numbers, strings, lists, mappings, names, dotted fields,
-arithmetic (no powers; `+` also joins strings), comparisons, `and/or/not`, `a if c else b`, and the functions in
-`FUNCTIONS`. A name that the environment lacks is None, and so is a field of None. Nothing is ever compiled or executed.
+The grammar is a closed subset of Python's expressions, walked by hand: numbers, strings, lists, mappings with text as
+keys, names, dotted fields, arithmetic (no powers; `+` also joins strings), comparisons, `and/or/not`, `a if c else b`,
+and the functions in `FUNCTIONS`. A name that the environment lacks is None, and so is a field of None. Nothing is ever
+compiled or executed.
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ def parse(text: str) -> Expression:
     return Expression(text, tree, names)
 
 
+def _is_text(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
 def _check(node: ast.expr, text: str) -> set[str]:
     """Names read below `node`; refuses every construct that `_evaluate` does not know."""
     match node:
@@ -111,7 +116,7 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return _check(value, text)
         case ast.List(elts=items) | ast.Tuple(elts=items) | ast.BoolOp(values=items):
             return set().union(*(_check(item, text) for item in items))
-        case ast.Dict(keys=keys, values=items) if all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in keys):
+        case ast.Dict(keys=keys, values=items) if all(_is_text(key) for key in keys):
             return set().union(*(_check(item, text) for item in items))
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
             return _check(operand, text)

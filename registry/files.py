@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Self
 
 from registry.errors import CheckpointError
@@ -105,7 +104,7 @@ def _start_writeback() -> ctypes._NamedFuncPointer | None:
     except (OSError, AttributeError):
         return None
     call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return call  # type: ignore[no-any-return]
+    return call
 
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -133,7 +132,7 @@ class TargetFiles:
             self._flusher.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._flusher:
             self._flusher.stop()
         for fd in self._fds.values():
@@ -190,7 +189,7 @@ class TargetFiles:
                 self._flusher.files.put(file)
 
     def sync(self) -> None:
-        """Sync every file, several at a time, so that the journal takes them together. A failed sync is a failed write."""
+        """Sync every file, several at a time, so that the journal takes them together."""
         if not self._durable:
             return
         if self._flusher:

@@ -7,16 +7,19 @@ document maps to facts and back as its spec declares; an architecture's axes and
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from attrs import frozen
 
 from registry import expressions
-from registry.errors import MappingError
-from registry.specs import ArchitectureSpec, ConfigMap, FormatSpec, Rule, Spec
+from registry.errors import MappingError, SpecError
+from registry.specs import AXIS, ArchitectureSpec, ConfigMap, FormatSpec, Rule, Spec
 
 _ABSENT = object()
+#: Tensors that one pattern may name. The largest mixtures of experts have a tenth; a config that says more is damaged.
+MAX_NAMES = 1 << 19
 
 
 def _get(document: Mapping[str, Any], dotted: str) -> Any:
@@ -37,11 +40,19 @@ def _set(document: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def read_facts(document: Mapping[str, Any], config: ConfigMap) -> dict[str, Any]:
-    """The facts that a document holds; a fact that it is silent about takes its default, or is left out."""
+    """The facts that a document holds; a fact that it is silent about takes its default, or is left out.
+
+    Raises MappingError for a document that says what no expression can work with.
+    """
     facts: dict[str, Any] = {}
+    problems = []
     for name, entry in config.facts.items():
         if entry.read is not None:
-            value = expressions.parse(entry.read)(document)
+            try:
+                value = expressions.parse(entry.read)(document)
+            except SpecError as error:
+                problems.append(f"{name}: {error.problem}, with {error.found}")
+                continue
         else:
             value = next((v for path in entry.field if (v := _get(document, path)) is not _ABSENT), None)
         for fact, stored in entry.values:
@@ -52,6 +63,8 @@ def read_facts(document: Mapping[str, Any], config: ConfigMap) -> dict[str, Any]
             value = entry.default
         if value is not None or entry.read is not None or any(_get(document, path) is not _ABSENT for path in entry.field):
             facts[name] = value
+    if problems:
+        raise MappingError("the config does not say what is needed", details=problems, hint="check the config file")
     return facts
 
 
@@ -127,6 +140,13 @@ class LogicalModel:
         return tuple(self.sizes[axis] for axis in self.tensors[tensor])
 
 
+def _said(architecture: ArchitectureSpec, known: Mapping[str, Any], name: str) -> str:
+    """What the config says about a fact, in the config's own terms."""
+    entry = architecture.config.facts.get(name)
+    field = entry.field[0] if entry is not None and entry.field else name
+    return f"{field} is {known[name]!r}" if known.get(name) is not None else f"the config says nothing about {field}"
+
+
 def logical_model(architecture: ArchitectureSpec, facts: Mapping[str, Any]) -> LogicalModel:
     """The model that an architecture and facts describe. Raises MappingError listing every axis without a size."""
     known = {**facts, **architecture.facts}
@@ -134,14 +154,22 @@ def logical_model(architecture: ArchitectureSpec, facts: Mapping[str, Any]) -> L
     problems = []
     for axis, text in architecture.axes.items():
         expression = expressions.parse(text)
-        missing = [name for name in expression.names if known.get(name) is None]
-        size = None if missing else expression(known)
-        if missing:
-            problems.append(f"axis {axis!r} = {text}: the config says nothing about {', '.join(missing)}")
-        elif type(size) is not int or not 0 <= size < 1 << 48:
-            problems.append(f"axis {axis!r} = {text}: {size!r} is no size")
+        said = ", ".join(_said(architecture, known, name) for name in sorted(expression.names))
+        try:
+            size = None if any(known.get(name) is None for name in expression.names) else expression(known)
+        except SpecError:
+            size = None
+        if type(size) is not int or not 0 <= size < 1 << 48:
+            problems.append(f"axis {axis!r} = {text} is no size: {said}")
         else:
             sizes[axis] = size
+    for pattern in architecture.tensors:
+        named = [axis for axis, _ in AXIS.findall(pattern) if axis in sizes]
+        if math.prod(sizes[axis] for axis in named) > MAX_NAMES:
+            used = [name for axis in named for name in expressions.parse(architecture.axes[axis]).names]
+            found = ", ".join(_said(architecture, known, name) for name in used)
+            problems.append(f"more than {MAX_NAMES} tensors {pattern}: {found}")
+            break
     if problems:
         raise MappingError(
             f"the config does not describe a {architecture.name} model", details=problems, hint="check the config file"

@@ -93,7 +93,9 @@ class Parallel:
                     expected=f"a multiple of pp x vpp = {chunks}",
                     found=f"{layers} layers",
                     hint="give pp as a list of layer counts, such as --pp "
-                    + ",".join(str(layers // chunks + (i < layers % chunks)) for i in range(chunks)),
+                    + ",".join(str(layers // chunks + (i < layers % chunks)) for i in range(chunks))
+                    if layers >= chunks
+                    else f"choose at most {layers} stages",
                 )
             counts = (layers // chunks,) * chunks
         if sum(counts) != layers:

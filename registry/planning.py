@@ -7,6 +7,7 @@ strided copy, repeated at many places. Nothing here reads data.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,9 +106,17 @@ class _Side:
 
 
 def _sides(groups: Iterable[Group], model: LogicalModel) -> dict[str, list[_Side]]:
+    """Every fragment under its tensor. Raises MappingError for a layout over other axes than its tensor has."""
     found: dict[str, list[_Side]] = defaultdict(list)
     for group in groups:
         for f in group.fragments:
+            axes = {*f.axes, *group.index}
+            if axes != set(model.tensors[model.home(f.tensor)]):
+                raise MappingError(
+                    f"a layout disagrees about the axes of {f.tensor}", where=f"{group.pattern}: {group.rule.layout}",
+                    expected=" ".join(model.tensors[model.home(f.tensor)]), found=" ".join(sorted(axes)),
+                    hint="correct the spec",
+                )  # fmt: skip
             side = _Side(
                 group, f, dict(zip(f.axes, f.lo, strict=True)), dict(zip(f.axes, f.size, strict=True)),
                 dict(zip(f.axes, f.stride, strict=True)),
@@ -210,6 +219,31 @@ def _primaries(sides: list[_Side], axes: Sequence[str], whole: int, model: Logic
     return (kept, repeats, volume) if volume <= whole else _nested(kept, repeats, model)
 
 
+def _overlapping(sides: list[_Side], axes: Sequence[str]) -> bool:
+    """Do any two of the boxes share an element? Equal volumes prove nothing: a hole may be as large as an overlap.
+
+    The boxes are counted on the grid that all of their edges make, by differences at their corners.
+    """
+    rows = np.concatenate([_boxes(side, axes) for side in sides])
+    low, high, shape = [], [], []
+    for k in range(len(axes)):
+        begin, end = rows[:, 2 * k], rows[:, 2 * k] + rows[:, 2 * k + 1]
+        edges = np.unique(np.concatenate((begin, end)))
+        if len(edges) > 2:
+            low.append(np.searchsorted(edges, begin))
+            high.append(np.searchsorted(edges, end))
+            shape.append(len(edges))
+    if math.prod(shape) > 64 * len(rows) + 4096:  # no program cuts a tensor like this
+        return True
+    counts = np.zeros(shape, dtype=np.int64)
+    for corner in itertools.product((0, 1), repeat=len(shape)):
+        at = tuple(high[k] if c else low[k] for k, c in enumerate(corner))
+        np.add.at(counts, at, -1 if sum(corner) % 2 else 1)
+    for k in range(len(shape)):
+        np.cumsum(counts, axis=k, out=counts)
+    return bool(counts.max() > 1) if shape else len(rows) > 1
+
+
 def _nested(sides: list[_Side], repeats: list[_Side], model: LogicalModel) -> tuple[list[_Side], list[_Side], int]:
     """Where boxes differ and still overlap (a whole embedding beside its shards), what earlier ones cover is a repeat."""
     kept: list[_Side] = []
@@ -218,12 +252,18 @@ def _nested(sides: list[_Side], repeats: list[_Side], model: LogicalModel) -> tu
         for other in kept:
             copies = _copies(side, other, model)
             if copies is not None:
-                np.add.at(covered, np.searchsorted(side.group.members, copies.target), copies.volume)
+                np.add.at(covered, _positions(side.group.members, copies.target), copies.volume)
         mask = covered >= side.fragment.volume
         for chosen, into in ((mask, repeats), (~mask, kept)):
             if chosen.any():
                 into.append(_subset(side, chosen))
     return kept, repeats, sum(side.fragment.volume * len(side.group.members) for side in kept)
+
+
+def _positions(members: Ints, wanted: Ints) -> Ints:
+    """Where each wanted member stands among the members, which are in any order."""
+    order = np.argsort(members, kind="stable")
+    return order[np.searchsorted(members[order], wanted)]
 
 
 def _subset(side: _Side, mask: np.ndarray) -> _Side:
@@ -256,7 +296,7 @@ def make_plan(
             problems.append(f"{tensor}: the source lacks it")
             continue
         kept, repeats, volume = _primaries(sources[tensor], axes, whole, model)
-        if volume != whole:
+        if volume != whole or _overlapping(kept, axes):
             names = sorted(set(_names(kept, opened.pieces)))
             what = "holds only" if volume < whole else "holds overlapping pieces:"
             problems.append(f"{tensor}: the source {what} {volume} of {whole} elements, in {'; '.join(collapse(names, 3))}")
@@ -284,7 +324,7 @@ def _uncovered(side: _Side, made: Sequence[Copies], slots: Sequence[Slot]) -> li
     members = side.group.members
     written = np.zeros(len(members), dtype=np.int64)
     for copies in made:
-        np.add.at(written, np.searchsorted(members, copies.target), copies.volume)
+        np.add.at(written, _positions(members, copies.target), copies.volume)
     wrong = np.flatnonzero(written != side.fragment.volume)
     if not len(wrong):
         return []

@@ -11,7 +11,7 @@ from typing import Any
 from attrs import frozen
 
 from registry import catalog, expressions
-from registry.bind import Bound, bind_source
+from registry.bind import Bound, bind_source, collapse
 from registry.dtypes import is_float
 from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
 from registry.model import LogicalModel, config_map, format_rules, logical_model, read_facts, write_document
@@ -19,6 +19,7 @@ from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Opened, slot_bytes
 
 PathLike = str | os.PathLike[str]
+_CONFIG = "give config= as a HuggingFace directory or a config.json"
 
 
 @frozen(eq=False)
@@ -41,7 +42,7 @@ class Source:
         found = self.dtypes.get(tensor, frozenset({self.dtype}))
         if len(found) > 1:
             raise MappingError(
-                f"{tensor} is stored in several types", where=self.opened.path, found=", ".join(sorted(found)),
+                f"{tensor} is stored in several types", where=self.opened.path, expected="one type", found=", ".join(sorted(found)),
                 hint="give dtype= to cast them to one",
             )  # fmt: skip
         return next(iter(found))
@@ -51,16 +52,29 @@ def local_path(path: PathLike) -> Path:
     """A local path. Raises CheckpointError for a URL."""
     text = os.fspath(path)
     if "://" in text:
-        raise CheckpointError("only local paths can be opened", found=text, hint="copy the checkpoint to a local disk")
+        raise CheckpointError(
+            "only local paths can be opened", where=text, expected="a directory", found="a URL",
+            hint="copy the checkpoint to a local disk",
+        )  # fmt: skip
+    if "\0" in text:
+        raise CheckpointError(
+            "not a path", where=repr(text), expected="a directory", found="a null character", hint="correct the path"
+        )
     return Path(text)
 
 
 def detect_format(path: Path) -> FormatSpec:
     """The format of what is at `path`. Raises DetectionError listing the candidates, or CheckpointError."""
     if not path.exists():
-        raise CheckpointError("no such checkpoint", where=path)
+        raise CheckpointError(
+            "no such checkpoint", where=path, expected="a directory", found="nothing",
+            hint="correct the path; a model of the HuggingFace hub must be downloaded first",
+        )  # fmt: skip
     if not path.is_dir():
-        raise CheckpointError("a checkpoint is a directory", where=path, hint="name the directory that holds the file")
+        raise CheckpointError(
+            "a checkpoint is a directory", where=path, expected="a directory", found="a file",
+            hint="name the directory that holds the file",
+        )  # fmt: skip
     known = catalog.names("format")
     found = [spec for spec in map(catalog.format_spec, known) if catalog.container(spec.container).detect(path)]
     if len(found) != 1:
@@ -85,9 +99,14 @@ def read_config(config: PathLike | Mapping[str, Any]) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError("the config cannot be read", where=path, found=error) from None
+        found = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            "the config cannot be read", where=path, expected="a JSON file", found=found, hint=_CONFIG
+        ) from None
     if not isinstance(data, dict):
-        raise CheckpointError("the config is no JSON object", where=path)
+        raise CheckpointError(
+            "the config is no JSON object", where=path, expected="an object", found=type(data).__name__, hint=_CONFIG
+        )
     return data
 
 
@@ -96,23 +115,33 @@ def load(
 ) -> Source:
     """Open, detect and bind. Raises CheckpointError, DetectionError and MappingError."""
     where = local_path(path)
-    spec = detect_format(where)
-    opened = catalog.container(spec.container).open(where, spec.name)
+    try:
+        spec = detect_format(where)
+        opened = catalog.container(spec.container).open(where, spec.name)
+    except OSError as error:
+        raise CheckpointError(
+            "the checkpoint cannot be read", where=error.filename or where, expected="to read it",
+            found=error.strerror or error, hint="check the path and its permissions",
+        ) from error  # fmt: skip
     hub = read_config(config) if config is not None else opened.hub_config
     name = architecture or (None if hub is None else hub.get("model_type")) or opened.architecture
     if config is not None and isinstance(config, str | os.PathLike):
         opened = _with_side_files(opened, Path(config))
     if name is None and hub is not None and not opened.document:
-        raise DetectionError("the config has no model_type", where=where, hint="name the architecture= of the model")
+        raise DetectionError(
+            "the config has no model_type", where=where, expected="a model_type", found="none",
+            hint="name the architecture= of the model",
+        )  # fmt: skip
     if name is None and hub is None and not opened.document:
         raise DetectionError(
-            "the checkpoint carries no config", where=where,
+            "the checkpoint carries no config", where=where, expected="a config that says the sizes", found="none",
             hint="give config= (a HuggingFace directory or config.json) for its sizes",
         )  # fmt: skip
     if name is not None:
         if name not in catalog.names("architecture"):
             raise DetectionError(
-                f"unknown architecture {name!r}", where=where, expected="one of " + ", ".join(catalog.names("architecture")),
+                f"unknown architecture {name!r}", where=where, found=repr(name),
+                expected="one of " + ", ".join(catalog.names("architecture")),
                 hint="register a spec for it, or name a known architecture= that has the same tensors",
             )  # fmt: skip
         return _bind(opened, spec, catalog.architecture(name), hub)
@@ -156,18 +185,25 @@ def _with_side_files(opened: Opened, config: Path) -> Opened:
 def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> Source:
     """The one architecture that fits the document and the tensors."""
     fitting: list[Source] = []
+    failed: list[RegistryError] = []
     reasons = []
     for name in catalog.names("architecture"):
         candidate = catalog.architecture(name)
+        fits = False
         try:
+            _facts(opened, spec, candidate, hub, strict=True)
+            fits = True
             fitting.append(_bind(opened, spec, candidate, hub, strict=True))
         except RegistryError as error:
             reasons.append(f"{name}: {error.problem}" + "".join(f"; {detail}" for detail in error.details[:1]))
+            failed += [error] if fits else []
+    if not fitting and len(failed) == 1:
+        raise failed[0]  # the config is that of one architecture: what is wrong are the tensors
     if len(fitting) != 1:
         names = ", ".join(source.architecture.name for source in fitting)
         raise DetectionError(
             f"several architectures fit: {names}" if fitting else "no known architecture fits",
-            where=opened.path, found=names or None, details=() if fitting else reasons,
+            where=opened.path, expected="one architecture", found=names or "none", details=() if fitting else reasons,
             hint="name one with architecture=, or give config= (a HuggingFace directory or config.json)",
         )  # fmt: skip
     return fitting[0]
@@ -186,7 +222,10 @@ def _bind(
     ignored = [*spec.ignored, *(architecture.ignored if spec.rules_from == "architecture" else [])]
     bound = bind_source(opened, spec, list(format_rules(spec, architecture)), model, options, ignored)
     if strict and bound.missing:
-        raise MappingError("tensors are missing", details=bound.missing[:5])
+        raise MappingError(
+            "tensors are missing", where=opened.path, details=collapse(bound.missing),
+            hint="check that no file is missing and that the config belongs to these tensors",
+        )  # fmt: skip
     dtypes, dominant = _dtypes(bound, opened, model)
     if not known:
         hub_config = write_document({"dtype": dominant}, architecture.config, model.facts, hub_config)

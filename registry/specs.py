@@ -25,6 +25,14 @@ AXIS = re.compile(r"\{(\w+)(?:@(\w+))?\}")
 Scalar = bool | int | float | str | None
 
 
+class Problems(ValueError):
+    """Several problems of one spec; `found` lists them."""
+
+    def __init__(self, found: list[str]) -> None:
+        self.found = found
+        super().__init__("; ".join(found))
+
+
 class Model(BaseModel):
     """Base: unknown keys are errors, instances do not change."""
 
@@ -61,27 +69,24 @@ class Rule(Model):
     tied: Expression = Field(default="false", description="written also where its tensor is tied to another")
     optional: str | None = Field(default=None, description="may be absent from a checkpoint; the reason")
 
-    @model_validator(mode="after")
-    def _check(self) -> Rule:
-        problems = []
+    def problems(self) -> list[str]:
+        """What is wrong with the rule by itself."""
         try:
             parsed = parse(self.layout)
         except RegistryError as error:
-            raise ValueError(str(error)) from None
+            return [str(error)]
         axes = {axis for axes in parsed.axes.values() for axis in axes}
-        problems += [f"pads axis {axis!r}, which the layout lacks" for axis in self.pad if axis not in axes]
-        problems += [
+        found = [f"pads axis {axis!r}, which the layout lacks" for axis in self.pad if axis not in axes]
+        found += [
             f"shards over {dim!r}; the parallel dimensions are {', '.join(DIMENSIONS)}"
             for dim in parsed.sharded_over()
             if dim not in DIMENSIONS
         ]
         if self.dtype is not None and self.dtype not in ITEMSIZE:
-            problems.append(f"unknown dtype {self.dtype!r}")
+            found.append(f"unknown dtype {self.dtype!r}")
         if self.scale == 0:
-            problems.append("scale 0 has no inverse")
-        if problems:
-            raise ValueError(f"rule {self.layout!r}: " + "; ".join(problems))
-        return self
+            found.append("scale 0 has no inverse")
+        return [f"rule {self.layout!r}: {problem}" for problem in found]
 
     @property
     def parsed(self) -> Layout:
@@ -100,16 +105,16 @@ Rules = Annotated[list[Rule], BeforeValidator(_as_rules)]
 class Ignored(Model):
     """Stored entries that no logical tensor answers to, by glob, and why that is right."""
 
-    name: str
-    reason: str
+    name: str = Field(description="a glob over stored names")
+    reason: str = Field(description="why no logical tensor answers to them, for the report")
 
 
 class Tie(Model):
     """`tensor` is the same tensor as `to` wherever `when` is true."""
 
-    tensor: str
-    to: str
-    when: Expression
+    tensor: str = Field(description="the logical tensor that is another one")
+    to: str = Field(description="the logical tensor that it is")
+    when: Expression = Field(description="true where they are tied")
 
 
 class FactMap(Model):
@@ -145,43 +150,61 @@ class ConfigMap(Model):
 class Extension(Model):
     """What one architecture adds to one format."""
 
-    config: ConfigMap = ConfigMap()
+    config: ConfigMap = Field(default=ConfigMap(), description="laid over the format's own config map")
     requires: dict[str, Any] = Field(default={}, description="document fields that must have this value to be this architecture")
 
 
-class Variant(Model):
-    """A spelling of names: which axis, if any, moves from the names into a leading dimension of the tensor."""
+def _axes(name: str) -> list[str]:
+    """The axes that a name pattern spells."""
+    return [axis for axis, _ in AXIS.findall(name)]
 
-    fold: str | None = None
+
+class Variant(Model):
+    """A spelling of names."""
+
+    fold: str | None = Field(default=None, description="the axis that leaves the names and becomes the leading dimension")
 
 
 class Spec(Model):
     """What every spec has."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$")
-    description: str = ""
+    name: str = Field(pattern=r"^[A-Za-z0-9_.\-]+$", description="what the spec is called; its file is named after it")
+    description: str = Field(default="", description="one line for lists")
     tensors: dict[str, Rules] = Field(default={}, description="name pattern -> rule, or several with conditions")
-    ignored: list[Ignored] = []
+    ignored: list[Ignored] = Field(default=[], description="stored entries that are left out, with the reason")
     variants: dict[str, dict[str, Variant]] = Field(
         default={}, description="variant -> choices, the first is written by default"
     )
 
     @model_validator(mode="after")
-    def _check_names(self) -> Spec:
-        problems = []
-        choices = {choice for variant in self.variants.values() for choice in variant}
-        for pattern, rule in self.rules():
-            problems += [f"{pattern}: no variant has the choice {c!r}" for c in rule.names if c not in choices]
-        for pattern, rules in self.tensors.items():
-            named = {axis for axis, _ in AXIS.findall(pattern)}
-            if "{" in AXIS.sub("", pattern) or "}" in AXIS.sub("", pattern):
-                problems.append(f"{pattern}: a brace that names no axis")
-            for rule in rules:
-                for tensor, axes in rule.parsed.axes.items():
-                    problems += [f"{pattern}: axis {a!r} of {tensor} is in the name and in the layout" for a in named & set(axes)]
-        if problems:
-            raise ValueError("; ".join(problems))
+    def _check(self) -> Spec:
+        if problems := list(self.problems()):
+            raise Problems(problems)
         return self
+
+    def problems(self) -> Iterator[str]:
+        """Everything that is wrong with the spec, in its own terms."""
+        choices = {choice for variant in self.variants.values() for choice in variant}
+        for pattern, rules in self.tensors.items():
+            for i, rule in enumerate(rules):
+                yield from (f"tensors.{pattern}.{i}: {problem}" for problem in rule.problems())
+        for pattern, rule in self.rules():
+            yield from (f"{pattern}: no variant has the choice {c!r}" for c in rule.names if c not in choices)
+            axes = sorted(_axes(pattern))
+            for name in (pattern, *rule.names.values(), *rule.aliases):
+                if set("{}") & set(AXIS.sub("", name)):
+                    yield f"{name}: a brace that names no axis"
+                elif sorted(_axes(name)) != axes:
+                    yield f"{pattern}: its other name {name} has other axes"
+        for pattern, rule in self.sound():
+            for tensor, inner in rule.parsed.axes.items():
+                yield from (f"{pattern}: axis {a!r} of {tensor} is in the name and in the layout" for a in _axes(pattern) if a in inner)
+            twice = {dim for _, dim in AXIS.findall(pattern) if dim} & rule.parsed.sharded_over()
+            yield from (f"{pattern}: {dim!r} shards an axis of the name and of the layout" for dim in sorted(twice))
+
+    def sound(self) -> Iterator[tuple[str, Rule]]:
+        """The rules whose layouts can be parsed."""
+        return ((pattern, rule) for pattern, rule in self.rules() if not rule.problems())
 
     def rules(self) -> Iterator[tuple[str, Rule]]:
         """Every (name pattern, rule)."""
@@ -193,31 +216,33 @@ class Spec(Model):
 class ArchitectureSpec(Spec):
     """One model family, named by its HuggingFace `model_type`, as HuggingFace stores it."""
 
-    kind: Literal["architecture"] = "architecture"
+    kind: Literal["architecture"] = Field(default="architecture", description="what the spec describes")
     axes: dict[str, Expression] = Field(description="axis -> its size, an expression over facts")
     facts: dict[str, Any] = Field(default={}, description="facts that hold for every model of the family")
     config: ConfigMap = Field(default=ConfigMap(), description="config.json against the facts")
-    tied: list[Tie] = []
+    tied: list[Tie] = Field(default=[], description="tensors that are another one")
     formats: dict[str, Extension] = Field(default={}, description="what the family adds to a format's config")
 
-    @model_validator(mode="after")
-    def _check_axes(self) -> ArchitectureSpec:
-        problems = []
-        for pattern, rule in self.rules():
-            named = [axis for axis, _ in AXIS.findall(pattern)]
-            for tensor, axes in rule.parsed.axes.items():
-                problems += [f"{pattern}: axis {a!r} of {tensor} is not declared" for a in (*named, *axes) if a not in self.axes]
-        tensors = {t for _, rule in self.rules() for t in rule.parsed.tensors}
-        problems += [f"tied: {tie.to!r} is no tensor of this spec" for tie in self.tied if tie.to not in tensors]
+    def problems(self) -> Iterator[str]:
+        """As in `Spec`, and what only an architecture can get wrong."""
+        yield from super().problems()
+        seen: dict[str, tuple[str, set[str]]] = {}
+        for pattern, rule in self.sound():
+            for tensor, inner in rule.parsed.axes.items():
+                axes = {*_axes(pattern), *inner}
+                yield from (f"{pattern}: axis {a!r} of {tensor} is not declared" for a in sorted(axes) if a not in self.axes)
+                first = seen.setdefault(tensor, (pattern, axes))
+                if first[1] != axes:
+                    yield f"{pattern}: {tensor} has other axes here than in {first[0]}"
+        for tie in self.tied:
+            yield from (f"tied: {name!r} is no tensor of this spec" for name in (tie.tensor, tie.to) if name not in seen)
         known = {*self.facts, *self.config.facts}
         used = [(f"axis {axis}", text) for axis, text in self.axes.items()]
         used += [(pattern, rule.when) for pattern, rule in self.rules() if rule.when]
         used += [(f"tied {tie.tensor}", tie.when) for tie in self.tied]
         for place, text in used:
-            problems += [f"{place}: {n!r} is no fact of this spec" for n in expressions.parse(text).names - known]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+            for name in sorted(expressions.parse(text).names - known):
+                yield f"{place}: {name!r} is no fact of this spec"
 
     def logical(self) -> dict[str, tuple[str, ...]]:
         """Logical tensor -> its axes in canonical order: those of the name, then those of the layout."""
@@ -231,35 +256,37 @@ class ArchitectureSpec(Spec):
 class Option(Model):
     """A choice that a format offers."""
 
-    default: Any = None
-    choices: list[Scalar] = []
-    description: str = ""
+    default: Any = Field(default=None, description="what is written where the user chooses nothing")
+    choices: list[Scalar] = Field(default=[], description="the values that are allowed (none listed: any of the default's type)")
+    description: str = Field(default="", description="what the option decides")
     read: Expression | None = Field(default=None, description="what a checkpoint on disk chose, over its config document")
 
 
 class FormatSpec(Spec):
     """One checkpoint format: how it lays out the logical tensors, once for all architectures."""
 
-    kind: Literal["format"] = "format"
+    kind: Literal["format"] = Field(default="format", description="what the spec describes")
     container: str = Field(description="the module that knows how the bytes lie on disk")
-    rules_from: Literal["format", "architecture"] = "format"
+    rules_from: Literal["format", "architecture"] = Field(
+        default="format", description="whose rules and config map hold: the format's own, or each architecture's"
+    )
     ranked: bool = Field(default=False, description="every rank has files of its own, with names local to its stage")
     parallel: list[str] = Field(default=[], description="the parallel dimensions that the format shards over")
     pipeline_axis: str | None = Field(default=None, description="the axis that pipeline stages partition")
     replicate: dict[str, list[str]] = Field(default={}, description="parallel dimension -> axes repeated when shorter than it")
-    options: dict[str, Option] = {}
+    options: dict[str, Option] = Field(default={}, description="the choices that the format offers")
     objects: dict[str, Expression] = Field(default={}, description="entries without data that readers expect -> when to write them")
-    config: ConfigMap = ConfigMap()
+    config: ConfigMap = Field(default=ConfigMap(), description="the format's config document against the facts")
 
-    @model_validator(mode="after")
-    def _check_parallel(self) -> FormatSpec:
-        problems = [f"parallel: unknown dimension {dim!r}" for dim in self.parallel if dim not in DIMENSIONS]
-        for pattern, rule in self.rules():
-            used = rule.parsed.sharded_over() | {d for _, d in AXIS.findall(pattern) if d}
-            problems += [f"{pattern}: shards over {d!r}, which `parallel` does not list" for d in used - set(self.parallel)]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def problems(self) -> Iterator[str]:
+        """As in `Spec`, and what only a format can get wrong."""
+        yield from super().problems()
+        for dim in (*self.parallel, *self.replicate):
+            if dim not in DIMENSIONS:
+                yield f"parallel: unknown dimension {dim!r}"
+        for pattern, rule in self.sound():
+            used = rule.parsed.sharded_over() | {dim for _, dim in AXIS.findall(pattern) if dim}
+            yield from (f"{pattern}: shards over {d!r}, which `parallel` does not list" for d in sorted(used - set(self.parallel)))
 
 
 def json_schema() -> dict[str, Any]:

@@ -42,6 +42,7 @@ class _Writer:
     dtype: str | None
     stages: list[Stage]
     target: Target
+    written: dict[str, str] = field(factory=dict)
 
     def spelling(self, pattern: str, rule: Rule) -> Spelling:
         """The spelling that the chosen variants call for."""
@@ -83,6 +84,7 @@ class _Writer:
             raise MappingError(
                 "parts of one stored tensor have different types",
                 where=str(rule.parsed),
+                expected="one type",
                 found=", ".join(sorted(found)),
                 hint="give dtype= to cast them to one",
             )
@@ -91,6 +93,12 @@ class _Writer:
     def write(self, pattern: str, rule: Rule) -> None:
         """Add every slot of one rule."""
         spelling = self.spelling(pattern, rule)
+        if spelling.pattern in self.written:
+            raise MappingError(
+                f"two rules of {self.spec.name} hold for {spelling.pattern}", where=f"{pattern}: {rule.layout}",
+                expected="one rule for a name", found=self.written[spelling.pattern], hint="give them conditions (when:)",
+            )  # fmt: skip
+        self.written[spelling.pattern] = rule.layout
         sizes = dict(self.model.sizes)
         for axis, text in rule.pad.items():
             multiple = expressions.parse(text)(self.env)

@@ -327,6 +327,14 @@ def test_a_cut_falls_anywhere() -> None:
     assert where(text, ranks[0], "k") == where(text, ranks[0], "v") == []
 
 
+def test_a_cut_inside_a_product_repeats() -> None:
+    """Rows of two, cut in the middle of the second: rank 0 has one and a half, and that once for each c."""
+    text, sizes = "x: (c (a b)@tp)", {"c": 2, "a": 3, "b": 2}
+    held = [where(text, Box(sizes, ranks={"tp": (rank, 2)}), "x") for rank in range(2)]
+    assert held[0] == list(enumerate([(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0)]))
+    assert held[1] == list(enumerate([(0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 1, 1), (1, 2, 0), (1, 2, 1)]))
+
+
 def test_a_tensor_without_dimensions_is_one_element() -> None:
     assert fragments(parse("x:"), Box({})) == [Fragment("x", (), (), (), (), 0)]
     assert fragments(parse("x: 1 1"), Box({})) == [Fragment("x", (), (), (), (), 0)]

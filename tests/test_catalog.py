@@ -194,7 +194,7 @@ def test_a_registered_spec_may_take_the_name_of_the_one_that_it_extends() -> Non
 
 @pytest.mark.parametrize("parent", ["nobody", "trtllm", 5])
 def test_extending_what_there_is_not(parent: Any) -> None:
-    with pytest.raises(SpecError, match="extends an unknown architecture"):
+    with pytest.raises(SpecError, match="extends"):
         catalog.register(architecture(extends=parent))
 
 
@@ -207,10 +207,9 @@ def test_a_circle_is_an_error_that_shows_it(circle: list[str], tmp_path: Path, m
     monkeypatch.setattr(catalog, "_files", lambda kind: files if kind == "architecture" else {})
     with pytest.raises(SpecError, match="in a circle") as caught:
         catalog.register({"kind": "architecture", "name": "outside", "extends": "a"})
-    assert " -> ".join([*circle, "a"]) in str(caught.value)
+    assert caught.value.found == " -> ".join([*circle, "a"])
 
 
-@pytest.mark.xfail(strict=True, reason="reported: rules of a registered parent are lists, which a mapping replaces")
 def test_a_mapping_adds_to_a_rule_of_a_registered_parent() -> None:
     catalog.register(architecture(name="parent"))
     catalog.register(
@@ -220,7 +219,6 @@ def test_a_mapping_adds_to_a_rule_of_a_registered_parent() -> None:
     assert (rule.layout, rule.offset) == ("output: hidden", 1.0)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: a fact that was only a field gets a key `layout`, as a rule would")
 @pytest.mark.parametrize("change", [{"default": 4}, {"field": "depth", "default": 4}])
 def test_a_mapping_adds_to_a_fact_that_was_only_a_field(change: dict[str, Any]) -> None:
     catalog.register({"kind": "architecture", "name": "c", "extends": "llama", "config": {"facts": {"layers": change}}})
@@ -283,13 +281,13 @@ def test_a_huge_file_is_refused_unread(write: Callable[[str], Path]) -> None:
         catalog.register(write(TOY + comment + "#"))
 
 
-REPORTED_DATA: dict[str, Any] = {
+NO_SPECS: dict[str, Any] = {
     "a list as kind": architecture(kind=["architecture"]),
     "a list to extend": architecture(extends=["llama"]),
     "a number": 5,
     "nothing": None,
 }
-REPORTED_FILES = {
+BAD_SCALARS = {
     "date": "kind: architecture\nname: 2020-13-45\n",
     "int": "kind: architecture\nname: !!int x\n",
     "bool": "kind: architecture\nname: !!bool x\n",
@@ -297,21 +295,13 @@ REPORTED_FILES = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(TypeError, AttributeError), reason="reported: ends in a raw TypeError or AttributeError"
-)
-@pytest.mark.parametrize("data", REPORTED_DATA.values(), ids=REPORTED_DATA)
+@pytest.mark.parametrize("data", NO_SPECS.values(), ids=NO_SPECS)
 def test_what_cannot_be_a_spec_is_an_error_of_ours(data: Any) -> None:
     with pytest.raises(RegistryError):
         catalog.register(data)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ValueError, LookupError, AttributeError),
-    reason="reported: raw errors of PyYAML's constructors",
-)
-@pytest.mark.parametrize("text", REPORTED_FILES.values(), ids=REPORTED_FILES)
+@pytest.mark.parametrize("text", BAD_SCALARS.values(), ids=BAD_SCALARS)
 def test_a_scalar_that_is_not_what_its_tag_says_is_an_error_of_ours(text: str, write: Callable[[str], Path]) -> None:
     with pytest.raises(SpecError):
         catalog.register(write(text))

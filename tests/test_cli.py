@@ -33,7 +33,8 @@ from registry import cli, files
 write = files.TargetFiles.write
 def slow(self, *arguments):
     if threading.current_thread() is not threading.main_thread():
-        print("writing", flush=True)
+        sys.stdout.write("writing\\n")  # in one piece, whatever other workers write
+        sys.stdout.flush()
         time.sleep({seconds})
     return write(self, *arguments)
 files.TargetFiles.write = slow
@@ -132,7 +133,8 @@ def test_view_shows_a_tensor_as_it_is(llama, run):
     code, out, err = run(f"view llama {name} --to huggingface --json")
     shown = json.loads(out)
     assert (code, err) == (0, "")
-    assert (shown["name"], shown["format"], shown["shape"], shown["dtype"]) == (name, "huggingface", [64, 160], "float32")
+    assert (shown["name"], shown["format"]) == (name, "huggingface")
+    assert (shown["shape"], shown["dtype"]) == ([64, 160], "float32")
     assert (shown["min"], shown["max"]) == (tensor.min().item(), tensor.max().item())
     assert shown["mean"] == pytest.approx(tensor.double().mean().item(), rel=1e-12)
     assert shown["values"] == tensor.flatten()[:8].tolist()
@@ -244,7 +246,8 @@ def wanted():
 def test_the_flags_of_convert(run, called):
     calls = called("convert")
     assert run("convert a b --to trtllm") == (0, "reported\n", "")
-    assert run(f"convert a b {EVERY_LAYOUT_FLAG} {EVERY_READING_FLAG} --overwrite --threads 3 --no-sync --quiet") == (0, "", "")
+    writing = "--overwrite --threads 3 --no-sync --quiet"
+    assert run(f"convert a b {EVERY_LAYOUT_FLAG} {EVERY_READING_FLAG} {writing}") == (0, "", "")
     assert calls == [
         (("a", "b"), DEFAULTS | WRITING),
         (("a", "b"), {**wanted(), **READ, "overwrite": True, "threads": 3, "durable": False, "progress": None}),
@@ -399,7 +402,7 @@ def test_an_error_says_where_json_cannot(run, monkeypatch):
     code, _, err = run("inspect a --json")
     assert code == 1
     assert json.loads(err, parse_constant=pytest.fail)["error"] == {
-        "type": "CheckpointError", "problem": "no", "where": "a", "expected": "inf", "found": [1], "hint": None,
+        "type": "CheckpointError", "problem": "no", "where": "a", "expected": "inf", "found": [1], "hint": registry.CheckpointError.advice,
         "details": ["x", "y"],
     }  # fmt: skip
 
@@ -418,7 +421,7 @@ def test_paths_that_no_encoding_has_a_name_for(llama, run):
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["convert", "--help"], ["convert", "a", "--pp", "x"]])
 def test_nothing_heavy_is_loaded_for_help(arguments):
-    # -S leaves out what .pth files of the environment load; the path then has to be given.
+    # -S leaves out what .pth files of the environment load, and with them the heavy packages: an import of one fails.
     script = (
         "import contextlib, io, sys\n"
         "import registry.cli\n"
@@ -428,10 +431,12 @@ def test_nothing_heavy_is_loaded_for_help(arguments):
         "print(*sys.modules)\n"
     )
     root = Path(registry.__file__).parent.parent
-    out = subprocess.run([sys.executable, "-S", "-c", script, *arguments], cwd=root, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in out.stdout.split()}
-    assert not loaded & {"torch", "numpy", "pydantic", "yaml", "attr", "attrs", "transformers", "safetensors", "importlib_metadata"}
-    assert {name for name in out.stdout.split() if name.startswith("registry")} == {"registry", "registry.cli", "registry.errors"}
+    line = [sys.executable, "-S", "-c", script, *arguments]
+    loaded = subprocess.run(line, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"torch", "numpy", "pydantic", "yaml", "attr", "attrs", "packaging", "transformers", "safetensors"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+    ours = {name for name in loaded if name.split(".")[0] == "registry"}
+    assert ours == {"registry", "registry.cli", "registry.errors"}
 
 
 @pytest.mark.parametrize("arguments", [["formats"], ["schema"], ["--help"], ["--version"], ["inspect", "nowhere"]])
@@ -479,11 +484,10 @@ def test_ctrl_c_does_not_harm_what_was_there(llama, run):
     assert run("verify llama out --quiet")[0] == 0
 
 
-@pytest.mark.xfail(reason="execute._run_all sets `stop` only after the pool has run every job", strict=False)
 def test_ctrl_c_does_not_wait_for_the_rest(llama):
     code, _, seconds = interrupted(llama, 1.0, "convert llama out --to trtllm --tp 8 --threads 1")
     assert code == 130
-    assert seconds < 4  # One tile a worker is finished; all eight would take eight seconds.
+    assert seconds < 5  # The tile at hand is finished; all eight would take eight seconds.
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
@@ -543,7 +547,8 @@ def test_parts_of_the_line():
     assert parts(999, 1000, None)[0] == " 99%"
     assert fit(["abc", "def", "ghi"], 8) == "abc  def"
     assert fit(["abc", "def"], 2) == "ab"
-    assert [clock_face(s) for s in (0, 59.6, 61, 3599, 3600, 90061)] == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01"]
+    times = {0: "0:00", 59.6: "1:00", 61: "1:01", 3599: "59:59", 3600: "1:00:00", 90061: "25:01:01"}
+    assert {seconds: clock_face(seconds) for seconds in times} == times
 
 
 def test_a_terminal_that_goes_away_stops_nothing():
@@ -579,14 +584,12 @@ def on_a_terminal(folder, line, columns=100):
 def test_progress_on_a_terminal(llama):
     line = "convert llama out --to trtllm --tp 4 --threads 1"
     shown, out = on_a_terminal(llama, line)
-    assert re.search(r"\r 50%  0:00 left  0\.00 GB/s  \d\.\d of 0\.\d MB *\r", shown), shown
+    assert re.search(r"\r +\d+%  \d:\d\d left  \d\.\d\d GB/s  \d\.\d of \d\.\d MB *\r", shown), shown
     assert shown.endswith(" \r")  # erased
     assert "\n" not in shown
     assert out.startswith("llama: huggingface -> trtllm (tp4)\n")
     narrow, _ = on_a_terminal(llama, f"{line} --overwrite", columns=12)
-    assert max(len(each) for each in narrow.split("\r")) == 11 or "left" not in narrow
-    assert " 50%" in narrow
-    assert "GB/s" not in narrow
+    assert re.fullmatch(r"(\r[ \d]\d\d%| {4}|\r)+", narrow), narrow
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "--json"])
@@ -607,19 +610,28 @@ def test_no_progress_where_stderr_is_no_terminal(llama):
 # --- the reference ----------------------------------------------------------------------------------------------------
 
 
+BLOCK = re.compile(r"^```(?:console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DECIMAL = r"-?\d+\.\d+(?:e-\d+)?"
+
+
 def examples():
     """Each documented command with the output that is shown for it."""
-    for block in re.findall(r"^```(?:console|text)\n(.*?)^```$", DOCS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for block in BLOCK.findall(DOCS.read_text(encoding="utf-8")):
         for shown in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             line, _, output = shown.partition("\n")
             yield line, output
 
 
 def pattern(output):
-    """What matches `output`: `...` stands for anything, a decimal fraction for any other."""
-    tokens = {r"\.\.\.\n": "(?s:.*)", r"\.\.\.": "(?s:.*?)", r"-?\d+\.\d+(?:e-\d+)?": r"-?\d+(?:\.\d+)?(?:e-\d+)?"}
-    parts = re.split(r"(\.\.\.\n|\.\.\.|-?\d+\.\d+(?:e-\d+)?)", output)
-    return "".join(next((to for token, to in tokens.items() if re.fullmatch(token, part)), re.escape(part)) for part in parts)
+    """What matches `output`: `...` stands for anything, at the end of a line also for more lines, and a decimal
+    fraction for any number, for times differ, and random weights in their last digits."""
+
+    def matching(part):
+        if part in ("...", "...\n"):
+            return "(?s:.*?)"
+        return r"-?\d+(?:\.\d+)?(?:e-\d+)?" if re.fullmatch(DECIMAL, part) else re.escape(part)
+
+    return "".join(map(matching, re.split(rf"(\.\.\.\n|\.\.\.|{DECIMAL})", output)))
 
 
 def test_the_documented_examples_are_right(llama, run):

@@ -262,6 +262,7 @@ ERRORS = [
     ("  a b", "  ^", "no tensor is named"),
     ("x: a $ b", "     ^", "unexpected character '$'"),
     ("x: a 2 b", "     ^", "unexpected character '2'"),
+    ("x: a 1b", "     ^", "unexpected character '1'"),
     ("x: -a", "   ^", "unexpected character '-'"),
     ("x: a é́", "      ^", "unexpected character"),
     ("x: (a b", "       ^", "expected ')', found 'end of layout'"),

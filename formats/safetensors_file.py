@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -57,7 +56,6 @@ _NOT_ONE = "this is no safetensors file, or a Git LFS pointer in the place of on
 
 #: repr, cut short and not too deep: what a hostile file holds goes into messages, and may be huge or nested.
 _repr = reprlib.Repr()
-_FLOAT = re.compile(rb"[0-9][.eE]\d*[],}\s]|[0-9][.eE][+-]")
 _repr.maxstring = _repr.maxother = _repr.maxlong = 200
 _repr.maxlist = _repr.maxtuple = 16
 _show = _repr.repr
@@ -80,10 +78,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     raw, size = _read_raw(path)
     start = _LENGTH_BYTES + len(raw)
     with no_collection():
-        document = _parse(path, raw)
+        document, integers = _parse(path, raw)
         metadata = _checked_metadata(path, document.pop(_METADATA, None))
         # Models repeat few shapes. A shape is checked once, unless something in it may equal an integer and be none.
-        seen: dict[Any, tuple[str, tuple[int, ...], int]] | None = {} if _only_integers(raw) else None
+        seen: dict[Any, tuple[str, tuple[int, ...], int]] | None = {} if integers else None
         entries = {name: _entry(path, name, value, start, seen) for name, value in document.items()}
         # The header may list tensors in any order. Sorting by both ends puts empty tensors before the one they touch.
         ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
@@ -167,8 +165,13 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
         return file.read(length), size
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`, parsed more strictly than json does by itself."""
+def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], bool]:
+    """The JSON object in `raw`, parsed more strictly than json does by itself; and is every number surely an integer?"""
+    floats: list[str] = []
+
+    def real(text: str) -> float:
+        floats.append(text)
+        return float(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -183,7 +186,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         _refuse(path, "the header does not start with '{'", expected="b'{'", found=_show(raw[:16]), hint=_NOT_ONE)
     try:
-        document = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=constant)
+        document = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=constant, parse_float=real)
     except UnicodeDecodeError as error:
         _refuse(path, "the header is not UTF-8", found=f"byte {raw[error.start]:#04x} at {error.start} of the header")
     except RecursionError:
@@ -191,7 +194,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     except ValueError as error:  # JSONDecodeError, and the one for integers of thousands of digits
         _refuse(path, "the header is not JSON", found=_show(str(error)))
     assert isinstance(document, dict)  # it starts with '{'
-    return document
+    return document, not floats and b"true" not in raw and b"false" not in raw
 
 
 def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -204,11 +207,6 @@ def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
             found = f"{_show(key)}: {_show(value)}"
             _refuse(path, "__metadata__ holds something other than text", expected="text by text", found=found)
     return metadata
-
-
-def _only_integers(raw: bytes) -> bool:
-    """Can no number in the JSON text be a float, true or false? (A false no costs only time.)"""
-    return b"true" not in raw and b"false" not in raw and _FLOAT.search(raw) is None
 
 
 def _entry(path: Path, name: str, value: Any, start: int, seen: dict[Any, tuple[str, tuple[int, ...], int]] | None) -> Entry:

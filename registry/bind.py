@@ -137,7 +137,7 @@ def expand_head(pattern: str) -> str:
 
 
 #: (rank, name, global index of each named axis, pieces) of one expected name.
-Found = tuple[Rank | None, str, tuple[int, ...], list[int]]
+Found = tuple[Rank | None, str, tuple[int, ...], tuple[int, ...]]
 
 
 class _Kind(NamedTuple):
@@ -212,14 +212,18 @@ class _Reader:
         shards = dict(named_axes(spelling.pattern))
         for rank, names in self.table.items():
             spans = [self.span(axis, shards[axis], rank) for axis in axes]
-            for values in itertools.product(*(range(count) for _, count in spans)):
-                name = template % (values if rank is not None else tuple(v + s[0] for v, s in zip(values, spans, strict=True)))
-                first_piece = names.get(name)
-                indices = [] if first_piece is None else [first_piece]
-                if self.further:
-                    indices += self.further.get((rank, name), ())
-                if indices or rank is None or self.expected_on(rank, spelling):
-                    yield rank, name, tuple(v + first for v, (first, _) in zip(values, spans, strict=True)), indices
+            at = list(itertools.product(*(range(first, first + count) for first, count in spans)))
+            local = list(itertools.product(*(range(count) for _, count in spans))) if rank is not None else at
+            expected = rank is None or self.expected_on(rank, spelling)
+            for values, name in zip(at, [template % shown for shown in local], strict=True):
+                piece = names.get(name)
+                if piece is None:
+                    if expected:
+                        yield rank, name, values, ()
+                elif self.further:
+                    yield rank, name, values, (piece, *self.further.get((rank, name), ()))
+                else:
+                    yield rank, name, values, (piece,)
 
     def expected_on(self, rank: Rank, spelling: Spelling) -> bool:
         """Must this rank's file have it? Only the layers say so; what sits on one stage is checked by coverage."""

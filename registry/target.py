@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,16 +145,16 @@ class _Writer:
         for stage, layers in self.places(spelling, rule):
             rank = Rank(tp=at.get("tp", 0), pp=stage.pp, ep=at.get("ep", 0), vpp=stage.vpp)
             spans = [self.span(axis, dim, at, layers) for axis, dim in named] + [layers for _ in folded]
-            for values in itertools.product(*spans):
-                shown = tuple(
-                    v - span.start if self.spec.ranked and dim else v
-                    for v, span, (_, dim) in zip(values, spans, named, strict=False)
-                )
+            places = list(itertools.product(*spans))
+            names = [template % shown for shown in itertools.product(*self.shown(named, spans))]
+            if places:  # an axis that is folded into the tensor is in no name
+                names = [name for name in names for _ in range(len(places) // len(names))]
+            for values, name in zip(places, names, strict=True):
                 origin = None
                 if piece is not None:
-                    origin = tuple(values[len(named)] if d in folded else o for d, (o, _) in enumerate(piece))
-                self.target.slots.append(Slot(template % shown, dtype, shape, rank, origin, whole))
-                index.append(values)
+                    origin = tuple([values[len(named)] if d in folded else o for d, (o, _) in enumerate(piece)])
+                self.target.slots.append(Slot(name, dtype, shape, rank, origin, whole))
+            index += places
         if not index:  # a model without layers
             return
         fragments = boxes.fragments(layout, box, piece=piece)
@@ -166,6 +166,12 @@ class _Writer:
                 {axis: columns[:, k] for k, axis in enumerate(axes)},
             )
         )  # fmt: skip
+
+    def shown(self, named: Sequence[tuple[str, str | None]], spans: Sequence[range]) -> list[range]:
+        """The indices that names spell: counted from the rank's first where every rank has files of its own."""
+        return [
+            range(len(span)) if self.spec.ranked and dim else span for (_, dim), span in zip(named, spans, strict=False)
+        ]
 
     def span(self, axis: str, dim: str | None, at: Mapping[str, int], layers: range) -> range:
         if dim == "pp":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -150,7 +151,7 @@ def _write_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tu
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The JSON bytes of the header, and the size of the file."""
-    with open(path, "rb") as file:
+    with pathlib.Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < _LENGTH_BYTES:
             expected = f"at least {_LENGTH_BYTES} bytes"
@@ -166,7 +167,7 @@ def _read_raw(path: Path) -> tuple[bytes, int]:
 
 
 def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], bool]:
-    """The JSON object in `raw`, parsed more strictly than json does by itself; and is every number surely an integer?"""
+    """The JSON object in `raw`, parsed more strictly than json does by itself, and whether all numbers are integers."""
     floats: list[str] = []
 
     def real(text: str) -> float:
@@ -209,7 +210,9 @@ def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _entry(path: Path, name: str, value: Any, start: int, seen: dict[Any, tuple[str, tuple[int, ...], int]] | None) -> Entry:
+def _entry(
+    path: Path, name: str, value: Any, start: int, seen: dict[Any, tuple[str, tuple[int, ...], int]] | None
+) -> Entry:
     """The entry `value` of the header, checked by itself; `start` is where the data begins."""
     if seen is not None and name.isascii():
         try:
@@ -217,7 +220,7 @@ def _entry(path: Path, name: str, value: Any, start: int, seen: dict[Any, tuple[
                 raise KeyError
             begin, end = value["data_offsets"]
             dtype, shape, nbytes = seen[value["dtype"], *value["shape"]]
-            if 0 <= begin and end - begin == nbytes and end <= _MAX_SIZE:
+            if begin >= 0 and end - begin == nbytes and end <= _MAX_SIZE:
                 return Entry(dtype, shape, start + begin, start + end)
         except (KeyError, TypeError, ValueError):
             pass
@@ -288,7 +291,7 @@ def _nbytes(shape: Iterable[int], itemsize: int) -> int:
 
 
 def _are_sizes(values: Iterable[object]) -> bool:
-    for value in values:  # a plain loop, because all() over a generator takes three times as long for two dims
+    for value in values:  # noqa: SIM110 - all() over a generator takes three times as long for two dims
         if type(value) is not int or not 0 <= value <= _MAX_SIZE:  # `type`: bool is a subclass of int, true is no size
             return False
     return True

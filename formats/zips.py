@@ -120,7 +120,9 @@ def _find_directory(source: Source) -> tuple[int, int, int]:
             break
         at -= 1
     else:
-        source.corrupt("the end of a zip archive is missing", "its directory as the last thing in the file", "no directory")
+        source.corrupt(
+            "the end of a zip archive is missing", "its directory as the last thing in the file", "no directory"
+        )
     if disk or disk0:
         source.corrupt("a zip archive in several volumes", found=f"volume {disk}")
     end = source.length - tail_size + at

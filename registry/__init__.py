@@ -43,9 +43,7 @@ if TYPE_CHECKING:
     from registry.storage import Rank
 
 _HOMES = {
-    "registry.api": (
-        "architectures convert formats inspect open plan register schema stream verify"
-    ),
+    "registry.api": ("architectures convert formats inspect open plan register schema stream verify"),
     "registry.catalog": "Codec register_codec register_container",
     "registry.checkpoint": "Checkpoint View",
     "registry.errors": (

@@ -35,7 +35,13 @@ _some_path = rule("source is not empty", lambda source: os.fspath(source) != "")
 _some_threads = rule("threads is at least 1", lambda threads: threads is None or threads >= 1)
 
 
-@checked(_known_format, _known_dtype, _some_path, _some_threads, rule("target is not empty", lambda target: os.fspath(target) != ""))
+@checked(
+    _known_format,
+    _known_dtype,
+    _some_path,
+    _some_threads,
+    rule("target is not empty", lambda target: os.fspath(target) != ""),
+)
 def convert(
     source: PathLike,
     target: PathLike,
@@ -94,8 +100,8 @@ def plan(
 
 
 @checked(_some_path)
-def open(source: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Checkpoint:  # noqa: A001
-    """Open a checkpoint lazily: its format, architecture, config, names and shapes, and a view in any format's terms."""
+def open(source: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Checkpoint:
+    """Open a checkpoint lazily: format, architecture, config, names and shapes, and a view in any format's terms."""
     from registry.checkpoint import Checkpoint
     from registry.source import load
 
@@ -127,9 +133,7 @@ def stream(
 
 
 @checked(rule("a and b are not empty", lambda a, b: "" not in (os.fspath(a), os.fspath(b))))
-def verify(
-    a: PathLike, b: PathLike, *, config: Config | None = None, architecture: str | None = None
-) -> Verification:
+def verify(a: PathLike, b: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Verification:
     """Compare two checkpoints, in any formats and layouts, by a digest of every logical tensor. Tolerance is zero.
 
     The result is true where they are the same model, and lists every difference where they are not. A side that

@@ -1,8 +1,8 @@
 """Bind a spec to a model: which stored tensors there are, and where in each of them every logical box lies.
 
 Bound tensors come in groups. The members of a group have the same shape, type and fragments; they differ only along
-`index` axes, where each member holds a single index: the layer and expert that a name spells, or a chunk of one layer of
-a stacked tensor. That is what keeps planning fast: a hundred thousand tensors are a few dozen groups.
+`index` axes, where each member holds a single index: the layer and expert that a name spells, or a chunk of one layer
+of a stacked tensor. That is what keeps planning fast: a hundred thousand tensors are a few dozen groups.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ class Spelling:
 def spellings(spec: Spec, pattern: str, rule: Rule) -> list[Spelling]:
     """Every spelling of one rule, the one written by default first."""
     folds = [
-        (variant, choice, v.fold) for variant, choices in spec.variants.items() for choice, v in choices.items() if v.fold
+        (variant, choice, v.fold)
+        for variant, choices in spec.variants.items()
+        for choice, v in choices.items()
+        if v.fold
     ]
     named = [(pattern, ())] + [
         (name, ((variant, choice),))
@@ -112,7 +115,7 @@ def local_stages(opened: Opened, patterns: Iterable[str]) -> list[Stage]:
 
     Counting what is there gets every uneven split right, whatever arguments made it.
     """
-    heads = {expand_head(pattern) for pattern in patterns if "pp" in dict((d, a) for a, d in named_axes(pattern))}
+    heads = {expand_head(pattern) for pattern in patterns if "pp" in dict(named_axes(pattern)).values()}
     matchers = [re.compile(head) for head in sorted(heads)]
     counts: dict[tuple[int, int], int] = defaultdict(int)
     for piece in opened.pieces:
@@ -242,7 +245,9 @@ class _Reader:
     def group(self, pattern: str, rule: Rule, spelling: Spelling, found: list[Found]) -> None:
         """Sort the pieces of one rule into groups."""
         layout = spelling.layout
-        single = {d: dim.name for d, dim in enumerate(layout.dims) if isinstance(dim, Axis) and dim.name not in rule.pad}
+        single = {
+            d: dim.name for d, dim in enumerate(layout.dims) if isinstance(dim, Axis) and dim.name not in rule.pad
+        }
         shards = sorted(layout.sharded_over() - {"pp"})
         kinds: dict[_Kind, tuple[list[int], list[tuple[int, ...]]]] = {}
         for rank, _, values, indices in found:
@@ -340,9 +345,7 @@ def collapse(names: Sequence[str], limit: int = 20) -> list[str]:
     lines = []
     for key, indices in grouped.items():
         numbers = sorted({int(i) for i in indices if i})
-        runs = [
-            [n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-        ]
+        runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
         text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
         lines.append(key.replace("\0", f"{{{text}}}" if len(numbers) > 1 else text))
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
@@ -367,4 +370,3 @@ def bind_source(
     for pattern, rule in active:
         reader.take(pattern, rule)
     return reader.finish(ignored)
-

@@ -2,8 +2,8 @@
 
 Specs come from directories that the entry points `registry.mappings` name (each a package whose `architectures/` and
 `formats/` hold YAML files named after their specs) and from `register()`. Containers, the modules that know how bytes
-lie on disk, come from the entry points `registry.formats`. A spec is parsed when it is first asked for; the package that
-holds it is located, never imported.
+lie on disk, come from the entry points `registry.formats`. A spec is parsed when it is first asked for; the package
+that holds it is located, never imported.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_SPEC_BYTES:
         raise SpecError("spec file too large", where=path, expected=f"at most {MAX_SPEC_BYTES} bytes")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a subclass of SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise SpecError("not a readable YAML file", where=path, found=error) from None
     if not isinstance(data, dict):
@@ -156,7 +156,9 @@ def build(data: Mapping[str, Any], where: object) -> ArchitectureSpec | FormatSp
     }
     kind = data.get("kind")
     if not isinstance(kind, str) or kind not in models:
-        raise SpecError("a spec says what it is", where=where, expected="kind: architecture or format", found=repr(kind))
+        raise SpecError(
+            "a spec says what it is", where=where, expected="kind: architecture or format", found=repr(kind)
+        )
     whole = _resolve(data, where)
     try:
         return models[kind].model_validate(whole)
@@ -241,7 +243,7 @@ def format_spec(name: str) -> FormatSpec:
 
 
 def register(spec: str | os.PathLike[str] | Mapping[str, Any] | ArchitectureSpec | FormatSpec) -> str:
-    """Add a spec for this process: a YAML file, plain data, or a spec model. Returns its name; a known name is replaced.
+    """Add a spec for this process: a YAML file, plain data, or a model. Returns its name; a known name is replaced.
 
     Raises SpecError listing everything that is wrong with it.
     """
@@ -258,7 +260,9 @@ def register(spec: str | os.PathLike[str] | Mapping[str, Any] | ArchitectureSpec
         raise SpecError("a spec is a YAML file, a mapping or a spec model", found=repr(spec)[:200])
     codecs = {rule.codec for _, rule in built.rules() if rule.codec} - set(_codecs)
     if codecs:
-        raise SpecError(f"the spec {built.name!r} names unknown codecs", found=sorted(codecs), hint="register_codec() first")
+        raise SpecError(
+            f"the spec {built.name!r} names unknown codecs", found=sorted(codecs), hint="register_codec() first"
+        )
     if built.kind == "format":
         container(built.container)
     _registered[built.kind, built.name] = built
@@ -291,5 +295,7 @@ def register_codec(codec: Codec) -> None:
 def codec(name: str) -> Codec:
     """The codec called `name`. Raises SpecError."""
     if name not in _codecs:
-        raise SpecError(f"unknown codec {name!r}", expected="one of " + (", ".join(sorted(_codecs)) or "none registered"))
+        raise SpecError(
+            f"unknown codec {name!r}", expected="one of " + (", ".join(sorted(_codecs)) or "none registered")
+        )
     return _codecs[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -151,7 +150,7 @@ class PlanReport:
         """Every file of the target and its size in bytes."""
         files = {file.path: file.size for file in self.laid.files}
         files |= {name: len(small_bytes(small)) for name, small in self.laid.small.items()}
-        return files | {name: os.stat(path).st_size for name, path in self.laid.copies.items()}
+        return files | {name: path.stat().st_size for name, path in self.laid.copies.items()}
 
     def copies(self) -> list[dict[str, Any]]:
         """Each group of equal copies: the tensor, its box, and how many times it is repeated."""
@@ -162,7 +161,10 @@ class PlanReport:
         return {**self.report.as_dict(), "file_sizes": self.files, "copy_groups": self.copies()}
 
     def __str__(self) -> str:
-        lines = [str(self.report).replace(", 0.00 s", ""), *(f"  {size:>14} bytes  {name}" for name, size in self.files.items())]
+        lines = [
+            str(self.report).replace(", 0.00 s", ""),
+            *(f"  {size:>14} bytes  {name}" for name, size in self.files.items()),
+        ]
         return "\n".join(lines)
 
 

@@ -33,7 +33,14 @@ ITEMSIZE: dict[str, int] = {
     "complex128": 16,
 }
 
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32", "fp64": "float64"}
+_SHORT = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+}
 
 
 def is_float(name: str) -> bool:

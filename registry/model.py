@@ -61,7 +61,11 @@ def read_facts(document: Mapping[str, Any], config: ConfigMap) -> dict[str, Any]
                 break
         if value is None:
             value = entry.default
-        if value is not None or entry.read is not None or any(_get(document, path) is not _ABSENT for path in entry.field):
+        if (
+            value is not None
+            or entry.read is not None
+            or any(_get(document, path) is not _ABSENT for path in entry.field)
+        ):
             facts[name] = value
     if problems:
         raise MappingError("the config does not say what is needed", details=problems, hint="check the config file")

@@ -78,7 +78,9 @@ class Plan:
         return sum(c.volume * len(c.source) * ITEMSIZE[c.values.target_dtype] for c in self.copies)
 
 
-def merge(size: Sequence[int], a: Sequence[int], b: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def merge(
+    size: Sequence[int], a: Sequence[int], b: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The same strided copy in the fewest dimensions, ordered by falling `b` stride."""
     dims = sorted(((sb, n, sa) for n, sa, sb in zip(size, a, b, strict=True) if n != 1), reverse=True)
     merged: list[tuple[int, int, int]] = []
@@ -200,7 +202,9 @@ def _boxes(side: _Side, axes: Sequence[str]) -> Ints:
     return np.stack(columns, axis=1) if columns else np.zeros((len(side.group.members), 0), dtype=np.int64)
 
 
-def _primaries(sides: list[_Side], axes: Sequence[str], whole: int, model: LogicalModel) -> tuple[list[_Side], list[_Side], int]:
+def _primaries(
+    sides: list[_Side], axes: Sequence[str], whole: int, model: LogicalModel
+) -> tuple[list[_Side], list[_Side], int]:
     """The sides with every element once, those with the repeats, and the volume of what is kept."""
     rows = np.concatenate([_boxes(side, axes) for side in sides])
     _, first = np.unique(rows, axis=0, return_index=True)
@@ -245,7 +249,7 @@ def _overlapping(sides: list[_Side], axes: Sequence[str]) -> bool:
 
 
 def _nested(sides: list[_Side], repeats: list[_Side], model: LogicalModel) -> tuple[list[_Side], list[_Side], int]:
-    """Where boxes differ and still overlap (a whole embedding beside its shards), what earlier ones cover is a repeat."""
+    """Where boxes differ and overlap (a whole embedding beside its shards), what earlier ones cover is a repeat."""
     kept: list[_Side] = []
     for side in sides:
         covered = np.zeros(len(side.group.members), dtype=np.int64)
@@ -299,7 +303,9 @@ def make_plan(
         if volume != whole or _overlapping(kept, axes):
             names = sorted(set(_names(kept, opened.pieces)))
             what = "holds only" if volume < whole else "holds overlapping pieces:"
-            problems.append(f"{tensor}: the source {what} {volume} of {whole} elements, in {'; '.join(collapse(names, 3))}")
+            problems.append(
+                f"{tensor}: the source {what} {volume} of {whole} elements, in {'; '.join(collapse(names, 3))}"
+            )
             continue
         for side in targets.get(tensor, []):
             made = [copies for other in kept if (copies := _copies(side, other, model)) is not None]

@@ -14,8 +14,8 @@ from registry.errors import ArgumentError, MappingError
 from registry.model import config_map, format_rules, read_facts, rules_spec, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
-from registry.specs import FormatSpec
 from registry.source import Source
+from registry.specs import FormatSpec
 from registry.storage import Laid, Request
 from registry.target import Target, bind_target
 from registry.version import library_version
@@ -63,7 +63,9 @@ def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
     lost = [dim for dim in lost if not (dim == "etp" and parallel.etp in (None, parallel.tp))]
     pp: int | tuple[int, ...] = (parallel.layers or parallel.pp) if "pp" in spec.parallel else 1
     if parallel.layers and "pp" in spec.parallel and "vpp" in lost:
-        raise ArgumentError(f"{spec.name} has no virtual pipeline stages", found=f"vpp {parallel.vpp} with a list of layer counts")
+        raise ArgumentError(
+            f"{spec.name} has no virtual pipeline stages", found=f"vpp {parallel.vpp} with a list of layer counts"
+        )
     note = [f"{spec.name} is not sharded over {', '.join(lost)}: those sizes have no effect"] if lost else []
     return Parallel(pp=pp, **kept), note
 

@@ -42,8 +42,8 @@ class Source:
         found = self.dtypes.get(tensor, frozenset({self.dtype}))
         if len(found) > 1:
             raise MappingError(
-                f"{tensor} is stored in several types", where=self.opened.path, expected="one type", found=", ".join(sorted(found)),
-                hint="give dtype= to cast them to one",
+                f"{tensor} is stored in several types", where=self.opened.path, expected="one type",
+                found=", ".join(sorted(found)), hint="give dtype= to cast them to one",
             )  # fmt: skip
         return next(iter(found))
 
@@ -82,7 +82,9 @@ def detect_format(path: Path) -> FormatSpec:
             "no known format fits" if not found else "several formats fit",
             where=path,
             expected=f"one of {', '.join(known)}",
-            found=", ".join(spec.name for spec in found) or ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing",
+            found=", ".join(spec.name for spec in found)
+            or ", ".join(sorted(p.name for p in path.iterdir())[:8])
+            or "nothing",
             hint="name the directory that holds the checkpoint's own files",
         )
     return found[0]
@@ -210,13 +212,19 @@ def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> Sour
 
 
 def _bind(
-    opened: Opened, spec: FormatSpec, architecture: ArchitectureSpec, hub: dict[str, Any] | None, *, strict: bool = False
+    opened: Opened,
+    spec: FormatSpec,
+    architecture: ArchitectureSpec,
+    hub: dict[str, Any] | None,
+    *,
+    strict: bool = False,
 ) -> Source:
     facts, hub_config, notes = _facts(opened, spec, architecture, hub, strict)
     known = bool(hub or spec.rules_from == "architecture")
     model = logical_model(architecture, facts)
     options = {
-        name: (expressions.parse(option.read)(opened.document) if option.read else None) for name, option in spec.options.items()
+        name: (expressions.parse(option.read)(opened.document) if option.read else None)
+        for name, option in spec.options.items()
     }
     options = {name: spec.options[name].default if value is None else value for name, value in options.items()}
     ignored = [*spec.ignored, *(architecture.ignored if spec.rules_from == "architecture" else [])]
@@ -230,7 +238,9 @@ def _bind(
     if not known:
         hub_config = write_document({"dtype": dominant}, architecture.config, model.facts, hub_config)
         if bound.padded and "vocab_size" not in opened.state:
-            notes.append("no config says the true vocabulary: the padded size is taken (give config= to cut the padding)")
+            notes.append(
+                "no config says the true vocabulary: the padded size is taken (give config= to cut the padding)"
+            )
     return Source(
         opened, spec, architecture, model, bound, options, hub_config, dtypes, dominant, (*opened.notes, *notes)
     )  # fmt: skip
@@ -262,7 +272,9 @@ def _facts(
     if hub is None:
         hub = write_document(own, architecture.config, own, {})
         back = read_facts(hub, architecture.config)
-        wrong += [f"{key}: {own[key]!r} cannot be said by its config" for key in back if own.get(key) not in (None, back[key])]
+        wrong += [
+            f"{key}: {own[key]!r} cannot be said by its config" for key in back if own.get(key) not in (None, back[key])
+        ]
     if strict and wrong:
         raise MappingError(f"the config is not that of {architecture.name}", details=wrong)
     facts = {**own, **read_facts(hub, architecture.config)}

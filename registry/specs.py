@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from registry import expressions
-from registry.layout import Layout, parse
 from registry.dtypes import ITEMSIZE
 from registry.errors import RegistryError
+from registry.layout import Layout, parse
 from registry.parallel import DIMENSIONS
 
 #: An axis in a name pattern; `{layer@pp}` counts from the first layer of the stage that stores the tensor.
@@ -64,7 +64,9 @@ class Rule(Model):
     scale: float = Field(default=1.0, description="stored = logical * scale + offset")
     offset: float = Field(default=0.0, description="stored = logical * scale + offset")
     codec: str | None = Field(default=None, description="a registered codec that encodes the stored values")
-    pad: dict[str, Expression] = Field(default={}, description="axis -> the multiple that its stored size is rounded up to")
+    pad: dict[str, Expression] = Field(
+        default={}, description="axis -> the multiple that its stored size is rounded up to"
+    )
     stage: Literal["first", "last"] | None = Field(default=None, description="only this pipeline stage stores it")
     tied: Expression = Field(default="false", description="written also where its tensor is tied to another")
     optional: str | None = Field(default=None, description="may be absent from a checkpoint; the reason")
@@ -121,7 +123,9 @@ class FactMap(Model):
     """One fact of the model and the field of a config document that holds it."""
 
     field: list[str] = Field(default=[], description="dotted paths; the first is written, any is read")
-    read: Expression | None = Field(default=None, description="an expression over the document, where a plain field will not do")
+    read: Expression | None = Field(
+        default=None, description="an expression over the document, where a plain field will not do"
+    )
     values: list[tuple[Scalar, Scalar]] = Field(default=[], description="pairs (fact, field value)")
     default: Any = Field(default=None, description="the fact where the document is silent")
 
@@ -151,7 +155,9 @@ class Extension(Model):
     """What one architecture adds to one format."""
 
     config: ConfigMap = Field(default=ConfigMap(), description="laid over the format's own config map")
-    requires: dict[str, Any] = Field(default={}, description="document fields that must have this value to be this architecture")
+    requires: dict[str, Any] = Field(
+        default={}, description="document fields that must have this value to be this architecture"
+    )
 
 
 def _axes(name: str) -> list[str]:
@@ -162,7 +168,9 @@ def _axes(name: str) -> list[str]:
 class Variant(Model):
     """A spelling of names."""
 
-    fold: str | None = Field(default=None, description="the axis that leaves the names and becomes the leading dimension")
+    fold: str | None = Field(
+        default=None, description="the axis that leaves the names and becomes the leading dimension"
+    )
 
 
 class Spec(Model):
@@ -198,7 +206,11 @@ class Spec(Model):
                     yield f"{pattern}: its other name {name} has other axes"
         for pattern, rule in self.sound():
             for tensor, inner in rule.parsed.axes.items():
-                yield from (f"{pattern}: axis {a!r} of {tensor} is in the name and in the layout" for a in _axes(pattern) if a in inner)
+                yield from (
+                    f"{pattern}: axis {a!r} of {tensor} is in the name and in the layout"
+                    for a in _axes(pattern)
+                    if a in inner
+                )
             twice = {dim for _, dim in AXIS.findall(pattern) if dim} & rule.parsed.sharded_over()
             yield from (f"{pattern}: {dim!r} shards an axis of the name and of the layout" for dim in sorted(twice))
 
@@ -230,12 +242,16 @@ class ArchitectureSpec(Spec):
         for pattern, rule in self.sound():
             for tensor, inner in rule.parsed.axes.items():
                 axes = {*_axes(pattern), *inner}
-                yield from (f"{pattern}: axis {a!r} of {tensor} is not declared" for a in sorted(axes) if a not in self.axes)
+                yield from (
+                    f"{pattern}: axis {a!r} of {tensor} is not declared" for a in sorted(axes) if a not in self.axes
+                )
                 first = seen.setdefault(tensor, (pattern, axes))
                 if first[1] != axes:
                     yield f"{pattern}: {tensor} has other axes here than in {first[0]}"
         for tie in self.tied:
-            yield from (f"tied: {name!r} is no tensor of this spec" for name in (tie.tensor, tie.to) if name not in seen)
+            yield from (
+                f"tied: {name!r} is no tensor of this spec" for name in (tie.tensor, tie.to) if name not in seen
+            )
         known = {*self.facts, *self.config.facts}
         used = [(f"axis {axis}", text) for axis, text in self.axes.items()]
         used += [(pattern, rule.when) for pattern, rule in self.rules() if rule.when]
@@ -257,9 +273,13 @@ class Option(Model):
     """A choice that a format offers."""
 
     default: Any = Field(default=None, description="what is written where the user chooses nothing")
-    choices: list[Scalar] = Field(default=[], description="the values that are allowed (none listed: any of the default's type)")
+    choices: list[Scalar] = Field(
+        default=[], description="the values that are allowed (none listed: any of the default's type)"
+    )
     description: str = Field(default="", description="what the option decides")
-    read: Expression | None = Field(default=None, description="what a checkpoint on disk chose, over its config document")
+    read: Expression | None = Field(
+        default=None, description="what a checkpoint on disk chose, over its config document"
+    )
 
 
 class FormatSpec(Spec):
@@ -273,9 +293,13 @@ class FormatSpec(Spec):
     ranked: bool = Field(default=False, description="every rank has files of its own, with names local to its stage")
     parallel: list[str] = Field(default=[], description="the parallel dimensions that the format shards over")
     pipeline_axis: str | None = Field(default=None, description="the axis that pipeline stages partition")
-    replicate: dict[str, list[str]] = Field(default={}, description="parallel dimension -> axes repeated when shorter than it")
+    replicate: dict[str, list[str]] = Field(
+        default={}, description="parallel dimension -> axes repeated when shorter than it"
+    )
     options: dict[str, Option] = Field(default={}, description="the choices that the format offers")
-    objects: dict[str, Expression] = Field(default={}, description="entries without data that readers expect -> when to write them")
+    objects: dict[str, Expression] = Field(
+        default={}, description="entries without data that readers expect -> when to write them"
+    )
     config: ConfigMap = Field(default=ConfigMap(), description="the format's config document against the facts")
 
     def problems(self) -> Iterator[str]:
@@ -286,7 +310,10 @@ class FormatSpec(Spec):
                 yield f"parallel: unknown dimension {dim!r}"
         for pattern, rule in self.sound():
             used = rule.parsed.sharded_over() | {dim for _, dim in AXIS.findall(pattern) if dim}
-            yield from (f"{pattern}: shards over {d!r}, which `parallel` does not list" for d in sorted(used - set(self.parallel)))
+            yield from (
+                f"{pattern}: shards over {d!r}, which `parallel` does not list"
+                for d in sorted(used - set(self.parallel))
+            )
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a container module does: the protocol between the engine and the modules that know how bytes lie on disk.
 
-A container opens a checkpoint into `Opened` (names, shapes and where every byte lies; no tensor data is read) and lays a
-new one out into `Laid` (which files to write, and where in them every tensor goes). The engine moves the bytes between.
+A container opens a checkpoint into `Opened` (names, shapes and where every byte lies; no tensor data is read) and lays
+a new one out into `Laid` (which files to write, and where in them every tensor goes). The engine moves the bytes
+between.
 """
 
 from __future__ import annotations
@@ -135,8 +136,9 @@ class Laid:
     """Where everything goes.
 
     `places[i]` is (file index, byte offset) of slot i. `small` are whole files (path -> bytes, or what makes the bytes
-    where that takes long and a plan can do without) and `copies` files to be copied (path -> source). With `crc`, the engine computes the CRC32 of every slot's bytes and `seal(crcs)` gives the
-    last literals as (file index, offset, bytes).
+    where that takes long and a plan can do without) and `copies` files to be copied (path -> source). With `seal`, the
+    engine computes the CRC32 of every slot's bytes, and `seal(crcs)` gives the last literals as (file index, offset,
+    bytes).
     """
 
     files: list[FilePlan]

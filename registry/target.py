@@ -1,4 +1,4 @@
-"""Bind a target: every tensor that a format will hold of a model at a parallel layout, chunk by chunk and rank by rank."""
+"""Bind a target: every tensor that a format will hold of a model, chunk by chunk and rank by rank."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Writer:
 
     def places(self, spelling: Spelling, rule: Rule | None) -> Iterator[tuple[Stage, range]]:
         """The stages that store an entry, each with the indices that it holds of the pipeline's axis."""
-        if "pp" in dict((dim, axis) for axis, dim in named_axes(spelling.pattern)) or any(
+        if "pp" in dict(named_axes(spelling.pattern)).values() or any(
             isinstance(dim, Axis) and dim.shard == "pp" for dim in spelling.layout.dims
         ):
             for stage in self.stages:
@@ -68,7 +68,7 @@ class _Writer:
                     yield stage, range(0)
 
     def shard_ranks(self, names: set[str]) -> Iterator[dict[str, int]]:
-        """One index for each parallel dimension other than the pipeline's: all ranks where each has files of its own."""
+        """One index for each parallel dimension but the pipeline's: all ranks where each has files of its own."""
         dims = [dim for dim in self.spec.parallel if dim not in ("pp", "vpp")]
         counts = [self.parallel.size(dim) if self.spec.ranked or dim in names else 1 for dim in dims]
         for at in itertools.product(*(range(n) for n in counts)):
@@ -96,7 +96,8 @@ class _Writer:
         if spelling.pattern in self.written:
             raise MappingError(
                 f"two rules of {self.spec.name} hold for {spelling.pattern}", where=f"{pattern}: {rule.layout}",
-                expected="one rule for a name", found=self.written[spelling.pattern], hint="give them conditions (when:)",
+                expected="one rule for a name", found=self.written[spelling.pattern],
+                hint="give them `when:` conditions",
             )  # fmt: skip
         self.written[spelling.pattern] = rule.layout
         sizes = dict(self.model.sizes)
@@ -243,7 +244,11 @@ def bind_target(
     `dtype_of(tensor)` is the source's type of a logical tensor; `dtype` what floating-point tensors are cast to.
     """
     target = Target()
-    stages = parallel.stages(model.sizes["layer"]) if "pp" in spec.parallel and "layer" in model.sizes else [Stage(0, 0, 0, 0)]
+    stages = (
+        parallel.stages(model.sizes["layer"])
+        if "pp" in spec.parallel and "layer" in model.sizes
+        else [Stage(0, 0, 0, 0)]
+    )
     env = {**model.facts, **parallel.env(), **options}
     writer = _Writer(spec, model, parallel, env, choices, dtype_of, dtype, stages, target)
     problems: list[str] = []

@@ -22,8 +22,8 @@ from registry.checkpoint import stored_names
 from registry.execute import TILE, Assembler, assembler, check_replicas
 from registry.files import SourceFiles
 from registry.planning import make_plan
-from registry.specs import Rule
 from registry.source import Source
+from registry.specs import Rule
 from registry.storage import Rank, Slot, slot_bytes
 
 
@@ -60,7 +60,10 @@ class Verification:
             lines = [f"different: {len(self.differences)} of {self.tensors} logical tensors"]
             shown = collapse([f"{d.tensor}: {d.problem}" for d in self.differences])
             lines += [f"  {line}" for line in shown]
-            lines += ["  stored as", *(f"    {name}" for name in collapse([n for d in self.differences for n in d.stored], 6))]
+            lines += [
+                "  stored as",
+                *(f"    {name}" for name in collapse([n for d in self.differences for n in d.stored], 6)),
+            ]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -143,7 +146,9 @@ def _differences(
 
 
 def _stored(source: Source, name: str) -> tuple[str, ...]:
-    tensor = next(t for t in sorted(source.model.tensors, key=len, reverse=True) if name == t or name.startswith(f"{t}."))
+    tensor = next(
+        t for t in sorted(source.model.tensors, key=len, reverse=True) if name == t or name.startswith(f"{t}.")
+    )
     values = [int(step) for step in name[len(tensor) :].split(".") if step]
     axes = source.model.tensors[tensor]
     return tuple(stored_names(source, tensor, dict(zip(axes, values, strict=False))))

@@ -143,7 +143,10 @@ def test_affine_and_codec_rules(llama: Path, tmp_path: Path) -> None:
             "config": {"constants": {"model_type": "odd"}},
             "tensors": {
                 "model.norm.weight": {"layout": "final_norm.weight: hidden", "offset": -1.0},
-                "model.layers.{layer}.mlp.down_proj.weight": {"layout": "mlp.down.weight: hidden ffn", "codec": "negated"},
+                "model.layers.{layer}.mlp.down_proj.weight": {
+                    "layout": "mlp.down.weight: hidden ffn",
+                    "codec": "negated",
+                },
                 "model.layers.{layer}.mlp.up_proj.weight": {"layout": "mlp.up.weight: ffn hidden", "scale": 2.0},
             },
         }

@@ -402,7 +402,8 @@ def test_an_error_says_where_json_cannot(run, monkeypatch):
     code, _, err = run("inspect a --json")
     assert code == 1
     assert json.loads(err, parse_constant=pytest.fail)["error"] == {
-        "type": "CheckpointError", "problem": "no", "where": "a", "expected": "inf", "found": [1], "hint": registry.CheckpointError.advice,
+        "type": "CheckpointError", "problem": "no", "where": "a", "expected": "inf", "found": [1],
+        "hint": registry.CheckpointError.advice,
         "details": ["x", "y"],
     }  # fmt: skip
 

@@ -17,9 +17,7 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gpt2"}
 #: Rotary tables that some converters dump and no loader needs.
 BUFFERS = re.compile(r"embed_positions|rotary_inv_freq")
 CASES = [
-    case
-    for case in trtllm_cases()
-    if case.quant is None and case.family in FAMILIES and not case.id.startswith("meg_")
+    case for case in trtllm_cases() if case.quant is None and case.family in FAMILIES and not case.id.startswith("meg_")
 ]
 TRT = [case for case in CASES if case.id.startswith("trt_")]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,7 +24,7 @@ class Case(NamedTuple):
     model: str
     format: str
     parallel: dict[str, Any]
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def id(self) -> str:
@@ -60,14 +61,19 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., P
     for number, case in enumerate(CASES):
         target = root / str(number)
         registry.convert(
-            hf_model(case.model), target, to=case.format, parallel=registry.Parallel(**case.parallel), options=case.options
+            hf_model(case.model),
+            target,
+            to=case.format,
+            parallel=registry.Parallel(**case.parallel),
+            options=case.options,
         )
         pp = case.parallel.get("pp", 1)
         stages = {"stages": tuple(pp)} if isinstance(pp, list) else {}
         jobs.append(
             Job(
                 target, hf_model(case.model), tp=case.parallel.get("tp", 1), pp=len(pp) if isinstance(pp, list) else pp,
-                vpp=case.parallel.get("vpp", 1), format="torch_dist" if case.format == "megatron" else "torch", **stages,
+                vpp=case.parallel.get("vpp", 1), format="torch_dist" if case.format == "megatron" else "torch",
+                **stages,
             )
         )  # fmt: skip
     return dict(zip((case.id for case in CASES), megatron_cpu.run(jobs, IDS, timeout=240), strict=True))

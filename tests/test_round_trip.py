@@ -63,10 +63,8 @@ def test_any_to_any(first: str, second: str, tmp_path: Path, hf_model: Callable[
 @pytest.mark.parametrize("vpp", [2, 4])
 def test_virtual_stages(to: str, vpp: int, tmp_path: Path, hf_model: Callable[..., Path]) -> None:
     if to == "trtllm":
-        with pytest.raises(registry.ArgumentError, match="vpp|virtual"):
-            registry.convert(
-                hf_model("llama3"), tmp_path / "a", to=to, parallel=Parallel(pp=[1] * 4, vpp=vpp)
-            )
+        with pytest.raises(registry.ArgumentError, match=r"vpp|virtual"):
+            registry.convert(hf_model("llama3"), tmp_path / "a", to=to, parallel=Parallel(pp=[1] * 4, vpp=vpp))
         return
     registry.convert(hf_model("llama3"), tmp_path / "a", to=to, parallel=Parallel(pp=4 // vpp, vpp=vpp))
     assert registry.verify(tmp_path / "a", hf_model("llama3"))
@@ -114,7 +112,8 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     config = {
         "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
         "num_key_value_heads": group, "head_dim": head_dim, "intermediate_size": ffn, "vocab_size": vocab,
-        "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": mlp_bias, "unknown_field": {"ünïcode": [1, None]},
+        "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": mlp_bias,
+        "unknown_field": {"ünïcode": [1, None]},
     }  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not tied:
@@ -133,7 +132,11 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             shapes |= {f"{p}self_attn.q_proj.bias": (q,), f"{p}self_attn.k_proj.bias": (kv,)}
             shapes |= {f"{p}self_attn.v_proj.bias": (kv,), f"{p}self_attn.o_proj.bias": (hidden,)}
         if mlp_bias:
-            shapes |= {f"{p}mlp.gate_proj.bias": (ffn,), f"{p}mlp.up_proj.bias": (ffn,), f"{p}mlp.down_proj.bias": (hidden,)}
+            shapes |= {
+                f"{p}mlp.gate_proj.bias": (ffn,),
+                f"{p}mlp.up_proj.bias": (ffn,),
+                f"{p}mlp.down_proj.bias": (hidden,),
+            }
     return config, shapes
 
 
@@ -181,8 +184,6 @@ def test_random_models_through_random_formats(data: st.DataObject, tmp_path_fact
         assert registry.verify(path, source)
     registry.convert(path, root / "back", to="huggingface")
     same_directory(source, root / "back")
-
-
 
 
 def test_gpt2_without_its_prefix_comes_back_without_it(tmp_path: Path, hf_model: Callable[..., Path]) -> None:

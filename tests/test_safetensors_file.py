@@ -77,7 +77,7 @@ def refused(path: Path, *parts: str) -> CheckpointError:
     return caught.value
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------
+# what is written
 
 
 @settings(max_examples=80, deadline=None)
@@ -157,7 +157,7 @@ def test_what_the_format_cannot_hold(tensors: Any, metadata: Any, parts: list[st
     assert len(str(caught.value)) < 2000
 
 
-# --- what is read ------------------------------------------------------------------------------------------------------
+# what is read
 
 
 @settings(max_examples=40, deadline=None)
@@ -201,7 +201,7 @@ def test_100_000_tensors_are_read_fast(tmp_path: Path) -> None:
     specs = [(f"model.layers.{i % 90}.experts.{i}.weight", "bfloat16", (16, 2)) for i in range(100_000)]
     header, entries, size = layout(specs, {"format": "pt"})
     path = tmp_path / "model.safetensors"
-    with open(path, "wb") as target:
+    with path.open("wb") as target:
         target.write(header)
         target.truncate(size)
     before = time.process_time()
@@ -211,7 +211,7 @@ def test_100_000_tensors_are_read_fast(tmp_path: Path) -> None:
     assert took < 2  # a fifth of that on a quiet machine
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# what is refused
 
 
 @pytest.mark.parametrize("content", [b"", b"\x02\0\0\0\0\0\0"])
@@ -356,7 +356,7 @@ def test_bytes_left_at_the_end(tmp_path: Path, header: dict[str, object]) -> Non
     refused(path, "not entirely covered", "after the last tensor", f"{size - left} bytes", f"{size} bytes")
 
 
-# --- fuzz --------------------------------------------------------------------------------------------------------------
+# fuzz
 
 VALID = compose({"a": tensor("float32", (2, 1)), "é\n": tensor("int8", (3,)), "c": tensor("bool", ())}, {"k": "v"})
 HEADER = VALID[: 8 + struct.unpack("<Q", VALID[:8])[0]]

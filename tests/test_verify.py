@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 import registry
 from registry import Parallel
 
-FORMATS = {"huggingface": Parallel(), "megatron": Parallel(tp=2, pp=2), "megatron-legacy": Parallel(tp=2), "trtllm": Parallel(tp=2)}
+FORMATS = {
+    "huggingface": Parallel(),
+    "megatron": Parallel(tp=2, pp=2),
+    "megatron-legacy": Parallel(tp=2),
+    "trtllm": Parallel(tp=2),
+}
 L = "model.layers.1."
 Tensors = dict[str, torch.Tensor]
 
@@ -72,7 +77,9 @@ MUTATIONS = {
     "exchange two biases": swap(f"{L}self_attn.k_proj.bias", f"{L}self_attn.v_proj.bias"),
     "exchange embedding and head": swap("model.embed_tokens.weight", "lm_head.weight"),
     "shift a layer": shift_a_layer,
-    "exchange two layers' norms": swap("model.layers.0.input_layernorm.weight", "model.layers.3.input_layernorm.weight"),
+    "exchange two layers' norms": swap(
+        "model.layers.0.input_layernorm.weight", "model.layers.3.input_layernorm.weight"
+    ),
     "flip a bit": flip_a_bit,
     "transpose a square": transpose_a_square,
     "negate a zero": negate_a_zero,

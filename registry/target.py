@@ -148,8 +148,8 @@ class _Writer:
             spans = [self.span(axis, dim, at, layers) for axis, dim in named] + [layers for _ in folded]
             places = list(itertools.product(*spans))
             names = [template % shown for shown in itertools.product(*self.shown(named, spans))]
-            if places:  # an axis that is folded into the tensor is in no name
-                names = [name for name in names for _ in range(len(places) // len(names))]
+            # an axis that is folded into the tensor is in no name
+            names = [name for name in names for _ in range(len(places) // len(names))]
             for values, name in zip(places, names, strict=True):
                 origin = None
                 if piece is not None:

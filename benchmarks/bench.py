@@ -31,8 +31,8 @@ _CHILD = """
 import json, os, sys, time
 def anonymous():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-from registry.conversion import convert
-from registry.parallel import Parallel
+import registry.conversion  # what convert() would import first
+from registry import Parallel, convert
 source, target, to, parallel, dtype, durable = json.loads(sys.argv[1])
 if dtype:
     import torch
@@ -43,30 +43,31 @@ print(json.dumps([time.perf_counter() - start, time.process_time() - cpu, before
 
 _PLAN = """
 import json, sys, time
-marks = [("start", time.perf_counter())]
-mark = lambda name: marks.append((name, time.perf_counter()))
+import registry
 from registry import catalog, prepare, source
-from registry.conversion import plan
-from registry.parallel import Parallel
 path, to = sys.argv[1:]
-mark("import")
+times = {}
+def timed(owner, name, step):
+    call = getattr(owner, name)
+    def wrapper(*arguments, **options):
+        start = time.perf_counter()
+        try:
+            return call(*arguments, **options)
+        finally:
+            times[step] = times.get(step, 0) + time.perf_counter() - start
+    setattr(owner, name, wrapper)
 for format in catalog.names("format"):
     catalog.container(catalog.format_spec(format).container)
 catalog.architecture("llama")
-mark("specs")
-opened = catalog.container("huggingface").open(__import__("pathlib").Path(path), "huggingface")
-mark("open")
-bound = source._bind(opened, catalog.format_spec("huggingface"), catalog.architecture("llama"), opened.hub_config)
-mark("bind")
-prepared = prepare.prepare(bound, to, parallel=Parallel(tp=2, pp=2))
-mark("plan")
-prepare.lay_out(prepared, None, None)
-mark("layout")
-times = {name: end - start for (_, start), (name, end) in zip(marks, marks[1:])}
+timed(catalog.container("huggingface"), "open", "open")
+timed(source, "bind_source", "bind source")
+timed(prepare, "bind_target", "bind target")
+timed(prepare, "make_plan", "plan")
+timed(catalog.container(catalog.format_spec(to).container), "lay_out", "layout")
 start = time.perf_counter()
-times["tensors"] = plan(path, to=to, parallel=Parallel(tp=2, pp=2)).report.tensors
+tensors = registry.plan(path, to=to, parallel=registry.Parallel(tp=2, pp=2)).report.tensors
 times["whole call"] = time.perf_counter() - start
-print(json.dumps(times))
+print(json.dumps(times | {"tensors": tensors}))
 """
 
 
@@ -230,8 +231,10 @@ def build(name: str, directory: Path, size: int, made: dict[str, Path]) -> Path:
 def planning(directory: Path, to: str) -> dict[str, float]:
     """Seconds of each step of planning more than 100,000 tensors."""
     path = models.write(directory / "many", *models.many(), sparse=True)
-    output = subprocess.run([sys.executable, "-c", _PLAN, path, to], check=True, capture_output=True, text=True).stdout
-    times: dict[str, float] = json.loads(output)
+    done = subprocess.run([sys.executable, "-c", _PLAN, str(path), to], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"planning failed\n{done.stderr}")
+    times: dict[str, float] = json.loads(done.stdout)
     return times
 
 

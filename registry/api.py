@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from registry import catalog
 from registry.parallel import Parallel
+from registry.rules import known_dtype, known_format
 from registry.storage import Rank
 from registry.validation import checked, rule
 
@@ -24,20 +25,13 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 Config = PathLike | Mapping[str, Any]
 
-_known_format = rule(
-    "to names a known format (registry.formats() lists them)", lambda to: to in catalog.names("format")
-)
-_known_dtype = rule(
-    "dtype is a torch dtype or the name of one",
-    lambda dtype: dtype is None or isinstance(dtype, str) or type(dtype).__module__ == "torch",
-)
 _some_path = rule("source is not empty", lambda source: os.fspath(source) != "")
 _some_threads = rule("threads is at least 1", lambda threads: threads is None or threads >= 1)
 
 
 @checked(
-    _known_format,
-    _known_dtype,
+    known_format,
+    known_dtype,
     _some_path,
     _some_threads,
     rule("target is not empty", lambda target: os.fspath(target) != ""),
@@ -80,7 +74,7 @@ def convert(
     )  # fmt: skip
 
 
-@checked(_known_format, _known_dtype, _some_path)
+@checked(known_format, known_dtype, _some_path)
 def plan(
     source: PathLike,
     *,
@@ -108,7 +102,7 @@ def open(source: PathLike, *, config: Config | None = None, architecture: str | 
     return Checkpoint(load(source, config=config, architecture=architecture))
 
 
-@checked(_known_format, _known_dtype, _some_path)
+@checked(known_format, known_dtype, _some_path)
 def stream(
     source: PathLike,
     *,
@@ -154,6 +148,7 @@ def inspect(source: PathLike, *, config: Config | None = None, architecture: str
     return inspection(load(source, config=config, architecture=architecture))
 
 
+@checked()
 def register(spec: str | os.PathLike[str] | Mapping[str, Any] | ArchitectureSpec | FormatSpec) -> str:
     """Add an architecture or format spec for this process: a YAML file, plain data, or a model. Returns its name."""
     return catalog.register(spec)

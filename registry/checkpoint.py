@@ -13,8 +13,10 @@ from registry.execute import assembler, check_replicas
 from registry.files import SourceFiles
 from registry.parallel import Parallel
 from registry.prepare import fitted, merged_options, prepare_target
+from registry.rules import known_dtype, known_format
 from registry.source import Source
 from registry.storage import Rank, slot_bytes
+from registry.validation import checked
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +150,7 @@ class Checkpoint:
         """Logical tensor -> its shape over its axes."""
         return {name: self._source.model.shape(name) for name in self._source.model.tensors}
 
+    @checked(known_format, known_dtype)
     def view(
         self, to: str, *, parallel: Parallel | None = None, rank: Rank | None = None,
         dtype: str | torch.dtype | None = None, options: Mapping[str, Any] | None = None,

@@ -22,6 +22,8 @@ _LIMIT = 128
 #: New bytes of a file that are worth starting to write out, and files that are synced at a time.
 _FLUSH = 32 << 20
 _SYNCING = 8
+#: Bytes of one write: larger ones ask for larger stretches of memory, which are harder to come by.
+_CHUNK = 1 << 20
 
 
 class SourceFiles:
@@ -177,7 +179,7 @@ class TargetFiles:
         total = len(data)
         with self.descriptor(file) as fd:
             while len(data):
-                n = os.pwrite(fd, data, offset)
+                n = os.pwrite(fd, data[:_CHUNK], offset)
                 data, offset = data[n:], offset + n
         if self._flusher:
             with self._lock:

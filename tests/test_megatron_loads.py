@@ -47,6 +47,7 @@ CASES = [
     Case("gpt2", "megatron", {"tp": 2, "pp": 2}),
     Case("llama3", "megatron-legacy", {"tp": 2, "pp": 2}),
     Case("llama3", "megatron-legacy", {"pp": 2, "vpp": 2}),
+    Case("llama3", "megatron-legacy", {"tp": 2, "pp": [3, 1]}),
     Case("llama_tied", "megatron-legacy", {"tp": 2, "pp": 2}),
     Case("qwen3", "megatron-legacy", {}),
     Case("gpt2", "megatron-legacy", {"tp": 2}),

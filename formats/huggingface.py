@@ -6,6 +6,7 @@ Source: transformers/modeling_utils.py (save_pretrained) and huggingface_hub's s
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Never
@@ -43,6 +44,7 @@ class Container:
             _refuse_other_weights(path)
         names = [SINGLE] if index is None else _indexed_files(path, index)
         pieces: list[Piece] = []
+        nbytes = 0
         metadata: dict[str, dict[str, str]] = {}
         for i, name in enumerate(names):
             if not (path / name).is_file():
@@ -51,9 +53,10 @@ class Container:
                     found="no such file", hint="download it again; every shard is needed",
                 )  # fmt: skip
             entries, metadata[name] = read_header(path / name)
+            nbytes += sum([e.end - e.begin for e in entries.values()])
             pieces += [Piece(key, e.dtype, e.shape, i, e.begin) for key, e in entries.items()]
         if index is not None:
-            _check_index(path, index, names, pieces)
+            _check_index(path, index, names, pieces, nbytes)
         config = documents.read_json(path / CONFIG) if (path / CONFIG).is_file() else None
         side = {n: p for n, p in documents.side_files(path, ()).items() if not _OTHER_WEIGHTS.match(n) or n == INDEX}
         notes = [
@@ -108,7 +111,8 @@ def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
             "the index has no weight_map", where=path / INDEX, expected="a weight_map of tensor name -> file name",
             found=", ".join(index) or "nothing", hint="download the index again",
         )  # fmt: skip
-    bad = [name for name in weights.values() if not documents.plain_name(name)]
+    files = list(weights.values())
+    bad = [name for name in (set(files) if set(map(type, files)) == {str} else files) if not documents.plain_name(name)]
     if bad:
         raise CheckpointError(
             "the index names a file outside its directory", where=path / INDEX,
@@ -118,28 +122,28 @@ def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
     return sorted(set(weights.values()))
 
 
-def _check_index(path: Path, index: dict[str, Any], names: Sequence[str], pieces: Sequence[Piece]) -> None:
-    held: dict[str, str] = {}
-    for piece in pieces:
-        if piece.name in held:
-            files = f"{held[piece.name]} and {names[piece.file]}"
-            raise CheckpointError(
-                "two files hold the same tensor", where=path, expected="every tensor once",
-                found=f"{piece.name} in {files}", hint="download the directory again; its files are of two versions",
-            )  # fmt: skip
-        held[piece.name] = names[piece.file]
-    details = [
-        f"{t}: the index says {f}, which does not hold it" for t, f in index["weight_map"].items() if held.get(t) != f
-    ]
-    details += [f"{t}: in {f}, but not in the index" for t, f in held.items() if t not in index["weight_map"]]
-    if details:
+def _check_index(
+    path: Path, index: dict[str, Any], names: Sequence[str], pieces: Sequence[Piece], found: int
+) -> None:
+    """The index must say of every tensor where it is, and `found`, the bytes of all."""
+    weights = index["weight_map"]
+    held = {piece.name: names[piece.file] for piece in pieces}
+    if len(held) != len(pieces):
+        twice = next(name for name, count in Counter(piece.name for piece in pieces).items() if count > 1)
+        files = " and ".join(names[piece.file] for piece in pieces if piece.name == twice)
+        raise CheckpointError(
+            "two files hold the same tensor", where=path, expected="every tensor once",
+            found=f"{twice} in {files}", hint="download the directory again; its files are of two versions",
+        )  # fmt: skip
+    if held != weights:
+        details = [f"{t}: the index says {f}, which does not hold it" for t, f in weights.items() if held.get(t) != f]
+        details += [f"{t}: in {f}, but not in the index" for t, f in held.items() if t not in weights]
         raise CheckpointError(
             "the index and the files disagree", where=path / INDEX, details=[*details[:10], *_more(details, 10)],
             hint="download the directory again; index and shards must be of one version",
         )  # fmt: skip
     header = index.get("metadata")
     total = header.get("total_size") if isinstance(header, dict) else None
-    found = sum(slot_bytes(piece) for piece in pieces)
     if total is not None and total != found:
         raise CheckpointError(
             "the index's total_size is wrong", where=path / INDEX, expected=f"{total} bytes", found=f"{found} bytes",

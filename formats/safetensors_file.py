@@ -7,6 +7,7 @@ passes through here; callers move tensor bytes themselves, at the absolute offse
 from __future__ import annotations
 
 import json
+import operator
 import os
 import pathlib
 import reprlib
@@ -85,7 +86,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         seen: dict[Any, tuple[str, tuple[int, ...], int]] | None = {} if integers else None
         entries = {name: _entry(path, name, value, start, seen) for name, value in document.items()}
         # The header may list tensors in any order. Sorting by both ends puts empty tensors before the one they touch.
-        ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+        ends = [(entry.begin, entry.end) for entry in entries.values()]
+        in_order = all(map(operator.le, ends, ends[1:]))  # as the reference implementation writes them
+        ordered = entries if in_order else dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     _check_cover(path, ordered, start, size)
     return ordered, metadata
 

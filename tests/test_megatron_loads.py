@@ -43,12 +43,14 @@ CASES = [
     Case("llama_bias", "megatron", {"tp": 2}),
     Case("mistral", "megatron", {"tp": 2, "pp": 2}),
     Case("qwen2", "megatron", {"pp": 2}),
+    Case("qwen2", "megatron", {"tp": 4}),  # two query groups on four ranks
     Case("qwen3", "megatron", {"tp": 2}),
     Case("gpt2", "megatron", {"tp": 2, "pp": 2}),
     Case("llama3", "megatron-legacy", {"tp": 2, "pp": 2}),
     Case("llama3", "megatron-legacy", {"pp": 2, "vpp": 2}),
     Case("llama3", "megatron-legacy", {"tp": 2, "pp": [3, 1]}),
     Case("llama_tied", "megatron-legacy", {"tp": 2, "pp": 2}),
+    Case("qwen2", "megatron-legacy", {"tp": 4}),
     Case("qwen3", "megatron-legacy", {}),
     Case("gpt2", "megatron-legacy", {"tp": 2}),
 ]

@@ -70,6 +70,10 @@ def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
     return Parallel(pp=pp, **kept), note
 
 
+def _extends(architecture: str, spec: FormatSpec) -> bool:
+    return spec.name in catalog.architecture(architecture).formats
+
+
 def hub_variants(source: Source) -> dict[str, str]:
     """How the HuggingFace files that a checkpoint came from spell their names."""
     if source.spec.rules_from == "architecture":
@@ -91,6 +95,13 @@ def prepare_target(
     source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
 ) -> tuple[Target, Plan]:
     """Bind the target and plan every copy. Raises ArgumentError, MappingError and ParallelError."""
+    name = source.architecture.name
+    if spec.closed and spec.name not in source.architecture.formats:
+        raise MappingError(
+            f"{spec.name} does not know the architecture {name}", where=source.opened.path,
+            expected="one of " + ", ".join(a for a in catalog.names("architecture") if _extends(a, spec)), found=name,
+            hint=f"add `formats: {{{spec.name}: ...}}` to the architecture's spec if its readers do know it",
+        )  # fmt: skip
     if dtype is not None and not is_float(dtype):
         raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
     choices = _choices(source, spec, options)

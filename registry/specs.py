@@ -292,7 +292,7 @@ class FormatSpec(Spec):
     )
     ranked: bool = Field(default=False, description="every rank has files of its own, with names local to its stage")
     parallel: list[str] = Field(default=[], description="the parallel dimensions that the format shards over")
-    pipeline_axis: str | None = Field(default=None, description="the axis that pipeline stages partition")
+    closed: bool = Field(default=False, description="its readers know only architectures that extend it")
     replicate: dict[str, list[str]] = Field(
         default={}, description="parallel dimension -> axes repeated when shorter than it"
     )

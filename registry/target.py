@@ -244,11 +244,9 @@ def bind_target(
     `dtype_of(tensor)` is the source's type of a logical tensor; `dtype` what floating-point tensors are cast to.
     """
     target = Target()
-    stages = (
-        parallel.stages(model.sizes["layer"])
-        if "pp" in spec.parallel and "layer" in model.sizes
-        else [Stage(0, 0, 0, 0)]
-    )
+    rules = list(rules)
+    staged = {axis for pattern, _ in rules for axis, dim in named_axes(pattern) if dim == "pp"} & set(model.sizes)
+    stages = parallel.stages(model.sizes[staged.pop()]) if staged else [Stage(0, 0, 0, 0)]
     env = {**model.facts, **parallel.env(), **options}
     writer = _Writer(spec, model, parallel, env, choices, dtype_of, dtype, stages, target)
     problems: list[str] = []

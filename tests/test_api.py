@@ -164,6 +164,13 @@ def test_affine_and_codec_rules(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(back["model.norm.weight"], (tensors["model.norm.weight"] + 1) - 1)
 
 
+def test_a_format_that_cannot_name_a_family_is_refused_for_it(llama: Path, tmp_path: Path) -> None:
+    registry.register({"kind": "architecture", "name": "nameless", "extends": "llama", "formats": None})
+    with pytest.raises(registry.MappingError, match="trtllm does not know the architecture nameless"):
+        registry.convert(llama, tmp_path / "t", to="trtllm", architecture="nameless")
+    registry.convert(llama, tmp_path / "m", to="megatron", architecture="nameless")
+
+
 def test_unknown_codec_is_an_error_at_registration() -> None:
     with pytest.raises(registry.SpecError, match="no_such_codec"):
         registry.register(

@@ -101,8 +101,6 @@ def read_carried(opened: Opened) -> None:
         opened.architecture = architecture if isinstance(architecture, str) else None
         opened.state["metadata"] = data.get("metadata")
         opened.state["variants"] = data.get("variants")
-        if type(data.get("vocab_size")) is int:
-            opened.state["vocab_size"] = data["vocab_size"]
     hub = opened.path / HUB
     if hub.is_dir() and not hub.is_symlink():
         opened.side_files = side_files(hub, ())

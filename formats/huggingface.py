@@ -122,9 +122,7 @@ def _indexed_files(path: Path, index: dict[str, Any]) -> list[str]:
     return sorted(set(weights.values()))
 
 
-def _check_index(
-    path: Path, index: dict[str, Any], names: Sequence[str], pieces: Sequence[Piece], found: int
-) -> None:
+def _check_index(path: Path, index: dict[str, Any], names: Sequence[str], pieces: Sequence[Piece], found: int) -> None:
     """The index must say of every tensor where it is, and `found`, the bytes of all."""
     weights = index["weight_map"]
     held = {piece.name: names[piece.file] for piece in pieces}

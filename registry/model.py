@@ -110,6 +110,11 @@ def config_map(spec: FormatSpec, architecture: ArchitectureSpec) -> ConfigMap:
     )
 
 
+def loose_facts(config: ConfigMap) -> set[str]:
+    """The facts that a document may say otherwise without harm."""
+    return {name for name, entry in config.facts.items() if entry.loose}
+
+
 def rules_spec(spec: FormatSpec, architecture: ArchitectureSpec) -> Spec:
     """The spec whose rules lay this architecture out in this format: the format's own, or the architecture's."""
     return architecture if spec.rules_from == "architecture" else spec

@@ -11,7 +11,7 @@ from attrs import frozen
 from registry import catalog
 from registry.dtypes import is_float
 from registry.errors import ArgumentError, MappingError
-from registry.model import config_map, format_rules, read_facts, rules_spec, write_document
+from registry.model import config_map, format_rules, loose_facts, read_facts, rules_spec, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
 from registry.source import Source
@@ -147,7 +147,6 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         "written_by": f"checkpoint-registry {library_version()}",
         "format": spec.name,
         "architecture": source.architecture.name,
-        "vocab_size": source.model.sizes.get("vocab"),
         "metadata": source.opened.state.get("metadata"),
         "variants": hub_variants(source),
     }
@@ -159,15 +158,13 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
     return catalog.container(spec.container).lay_out(request), list(_unsaid(source, spec, document))
 
 
-#: Facts whose loss changes nothing that a model computes.
-_HARMLESS = {"vocab_size", "dtype", "initializer_range"}
-
-
 def _unsaid(source: Source, spec: FormatSpec, document: Mapping[str, Any]) -> Iterator[str]:
     """A round trip of tensors does not see what a config loses; so it is said."""
-    said = read_facts(document, config_map(spec, source.architecture))
+    fields = config_map(spec, source.architecture)
+    said = read_facts(document, fields)
+    loose = loose_facts(fields) | loose_facts(source.architecture.config)
     for name, value in source.model.facts.items():
-        if name in _HARMLESS or name not in source.architecture.config.facts:
+        if name in loose or name not in source.architecture.config.facts:
             continue
         if value and said.get(name) != value:
             what = f"says {said[name]!r}" if said.get(name) is not None else "has no place for it"

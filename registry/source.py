@@ -14,7 +14,15 @@ from registry import catalog, expressions
 from registry.bind import Bound, bind_source, collapse
 from registry.dtypes import is_float
 from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
-from registry.model import LogicalModel, config_map, format_rules, logical_model, read_facts, write_document
+from registry.model import (
+    LogicalModel,
+    config_map,
+    format_rules,
+    logical_model,
+    loose_facts,
+    read_facts,
+    write_document,
+)
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Opened, slot_bytes
 
@@ -175,12 +183,11 @@ def _with_side_files(opened: Opened, config: Path) -> Opened:
     directory = config if config.is_dir() else config.parent
     if opened.side_files or not (directory / "config.json").is_file():
         return opened
-    hub = catalog.format_spec("huggingface") if "huggingface" in catalog.names("format") else None
-    container = None if hub is None else catalog.container(hub.container)
-    if config.is_dir() and hub is not None and container is not None and container.detect(directory):
-        opened.side_files = container.open(directory, hub.name).side_files
-    else:
-        opened.side_files = {"config.json": directory / "config.json"}
+    opened.side_files = {"config.json": directory / "config.json"}
+    for spec in map(catalog.format_spec, catalog.names("format") if config.is_dir() else ()):
+        container = catalog.container(spec.container)
+        if spec.rules_from == "architecture" and container.detect(directory):
+            opened.side_files = container.open(directory, spec.name).side_files
     return opened
 
 
@@ -237,7 +244,7 @@ def _bind(
     dtypes, dominant = _dtypes(bound, opened, model)
     if not known:
         hub_config = write_document({"dtype": dominant}, architecture.config, model.facts, hub_config)
-        if bound.padded and "vocab_size" not in opened.state:
+        if bound.padded:
             notes.append(
                 "no config says the true vocabulary: the padded size is taken (give config= to cut the padding)"
             )
@@ -256,8 +263,6 @@ def _facts(
     own: dict[str, Any] = {}
     if opened.document:
         own = read_facts(opened.document, config_map(spec, architecture))
-        if "vocab_size" in opened.state:
-            own["vocab_size"] = opened.state["vocab_size"]
     wrong = [
         f"{key}: {own[key]!r}, expected {value!r}"
         for key, value in architecture.facts.items()
@@ -278,11 +283,11 @@ def _facts(
     if strict and wrong:
         raise MappingError(f"the config is not that of {architecture.name}", details=wrong)
     facts = {**own, **read_facts(hub, architecture.config)}
-    skip = {"vocab_size", "dtype", "initializer_range"}
+    loose = loose_facts(config_map(spec, architecture)) | loose_facts(architecture.config)
     differ = [
         f"config: {key} is {facts[key]!r}, but the checkpoint's own document says {value!r}"
         for key, value in own.items()
-        if key not in skip and value is not None and facts.get(key) != value
+        if key not in loose and value is not None and facts.get(key) != value
     ]
     return facts, hub, [*differ, *(f"config: {line}" for line in wrong)]
 

@@ -128,6 +128,7 @@ class FactMap(Model):
     )
     values: list[tuple[Scalar, Scalar]] = Field(default=[], description="pairs (fact, field value)")
     default: Any = Field(default=None, description="the fact where the document is silent")
+    loose: bool = Field(default=False, description="a document that says otherwise, or nothing, does no harm")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,9 +1,9 @@
 """`python -m benchmarks.bench`: conversions against `cp` of the same bytes, memory, planning and start-up times.
 
-Both sides of a comparison start alike: an unmeasured `cp` brings the source into the page cache and makes a virtual
+Both sides of a comparison start alike: unmeasured copies bring the source into the page cache and make a virtual
 machine have the memory that the run is about to take (the first touch of a page that the host must find costs several
-times the copy), its target is removed again, and no page is dirty. Runs of `cp` and of the library alternate; the ratio
-is the median of the pairs' ratios. A conversion is a process of its own, whose anonymous memory is sampled from
+times the copy), their targets are removed again, and no page is dirty. Runs of `cp` and of the library alternate; the
+ratio is the median of the pairs' ratios. A conversion is a process of its own, whose anonymous memory is sampled from
 outside; its time is given in the call (`convert()` alone) and of the whole process. On a busy machine the wall time of
 two threads says little: the processor time of both sides is given too.
 """

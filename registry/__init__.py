@@ -1,7 +1,7 @@
 """Convert, reshard, inspect and export checkpoints of large models, from declared layouts.
 
     import registry
-    registry.convert("llama/", "out/", to="megatron", parallel=registry.Parallel(tp=2, pp=2))
+    registry.convert("model/", "out/", to="megatron", parallel=registry.Parallel(tp=2, pp=2))
 
 Importing this package imports nothing heavy: each name is loaded when it is first used.
 """

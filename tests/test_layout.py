@@ -317,8 +317,8 @@ def test_an_error_in_a_layout_of_several_lines_still_points_at_the_place() -> No
 
 
 def test_the_same_tensor_may_shard_over_two_dimensions_and_two_tensors_over_one() -> None:
-    parse("x: a@tp b@ep")
-    parse("[x: a@tp | y: b@tp] c@ep")
+    assert parse("x: a@tp b@ep").sharded_over() == {"tp", "ep"}
+    assert parse("[x: a@tp | y: b@tp] c@ep").sharded_over() == {"tp", "ep"}
 
 
 def test_the_length_is_limited() -> None:

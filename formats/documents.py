@@ -101,6 +101,7 @@ def read_carried(opened: Opened) -> None:
         opened.architecture = architecture if isinstance(architecture, str) else None
         opened.state["metadata"] = data.get("metadata")
         opened.state["variants"] = data.get("variants")
+        opened.state["dtypes"] = data.get("dtypes")
     hub = opened.path / HUB
     if hub.is_dir() and not hub.is_symlink():
         opened.side_files = side_files(hub, ())

@@ -104,11 +104,13 @@ def parallel(args: Mapping[str, Any]) -> Parallel:
         value = next((args[name] for name in names if args.get(name) is not None), 1)
         return value if type(value) is int and 1 <= value <= 1 << 20 else 1
 
+    tp, etp = size("tensor_model_parallel_size", "model_parallel_size"), size("expert_tensor_parallel_size")
     return Parallel(
-        tp=size("tensor_model_parallel_size", "model_parallel_size"),
+        tp=tp,
         pp=size("pipeline_model_parallel_size"),
         vpp=size("virtual_pipeline_model_parallel_size"),
         ep=size("expert_model_parallel_size"),
+        etp=etp if args.get("expert_tensor_parallel_size") and etp != tp else None,
     )
 
 

@@ -71,7 +71,7 @@ class Container:
         skeletons: list[tuple[torchzip.Skeleton, list[int]]] = []
         places = [(0, 0)] * len(request.slots)
         p = request.parallel
-        for rank in (Rank(*at) for at in itertools.product(range(p.tp), range(p.pp), range(p.ep))):
+        for rank in _ranks(p):
             skeleton, order = _archive(request, rank, members[rank])
             for i, (_, offset) in zip(order, skeleton.tensors, strict=False):
                 places[i] = (len(files), offset)
@@ -154,16 +154,26 @@ def _check_ranks(path: Path, parallel: Parallel, ranks: Mapping[Path, Rank]) -> 
             hint="remove those that a save at another layout left",
         )  # fmt: skip
     tp, pp, ep = (max(parallel.size(dim), *(1 + getattr(rank, dim) for rank in held)) for dim in ("tp", "pp", "ep"))
-    if len(held) != tp * pp * ep:
-        layout = Parallel(tp=tp, pp=pp, ep=ep)
-        every = (Rank(t, p, e) for t in range(tp) for p in range(pp) for e in range(ep))
+    layout = Parallel(tp=tp, pp=pp, vpp=parallel.vpp, ep=ep, etp=parallel.etp)
+    if tp * pp * ep * layout.size("etp") > 1 << 20:
+        raise CheckpointError(
+            "absurdly many ranks", where=path, expected=f"the {len(held)} that are here", found=layout, hint=_AGAIN
+        )
+    every = _ranks(layout)
+    if held.keys() != set(every):
         missing = itertools.islice((rank for rank in every if rank not in held), 8)
         raise CheckpointError(
-            "files of some ranks are missing", where=path, expected=f"{tp * pp * ep} ranks ({layout})",
+            "files of some ranks are missing", where=path, expected=f"{len(every)} ranks ({layout})",
             found=f"{len(held)}, without " + ", ".join(_name(rank, layout) for rank in missing),
             hint="copy the files of every rank",
         )  # fmt: skip
-    return Parallel(tp=tp, pp=pp, vpp=parallel.vpp, ep=ep)
+    return layout
+
+
+def _ranks(parallel: Parallel) -> list[Rank]:
+    """Every rank that has a file of its own, by tp, pp and ep."""
+    found = [Rank(at["tp"], pp, at["ep"]) for at in parallel.expert_ranks() for pp in range(parallel.pp)]
+    return sorted(found)
 
 
 def _read_model(

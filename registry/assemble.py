@@ -2,14 +2,15 @@
 
 Long runs are read straight into the buffer. A strided box that lies densely in its file is read as one stretch into a
 reused buffer that stays in the cache, and gathered from there; only a box that lies thinly is gathered from the mapped
-file. Fresh memory, page faults and many small system calls are what make a naive copy slow.
+file. Fresh memory, page faults and many small system calls are what make a naive copy slow. A file that is on no disk
+cannot be mapped: it gives its boxes itself.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,31 @@ _UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 
 def array(buffer: Any, itemsize: int, size: Sequence[int], stride: Sequence[int], offset: int) -> np.ndarray:
     """A strided view of `buffer`; numpy refuses one that leaves it. Strides in elements, offset in bytes."""
     return np.ndarray(size, _UINT[itemsize], buffer, offset, [s * itemsize for s in stride])
+
+
+def mapped(
+    sources: SourceFiles, file: int, itemsize: int, size: Sequence[int], stride: Sequence[int], offset: int
+) -> np.ndarray:
+    """A strided view of a mapped source file. Raises CheckpointError where it leaves the file."""
+    try:
+        return array(sources.mapped(file), itemsize, size, stride, offset)
+    except (ValueError, TypeError):
+        raise CheckpointError(
+            "a tensor lies outside its file", where=sources.path(file), found=f"offset {offset}"
+        ) from None
+
+
+def box(
+    sources: SourceFiles, file: int, itemsize: int, size: Sequence[int], stride: Sequence[int], offset: int
+) -> np.ndarray:
+    """A strided box of a source file: a view of the mapped file, or a copy from one that is on no disk."""
+    virtual = sources.virtual(file)
+    if virtual is None:
+        return mapped(sources, file, itemsize, size, stride, offset)
+    found = np.empty(size, _UINT[itemsize])
+    for part, values in virtual.boxes(sources, offset, size, stride):
+        found[part] = values
+    return found
 
 
 def copy_strided(target: np.ndarray, source: np.ndarray) -> None:
@@ -173,11 +199,18 @@ class Assembler:
                 self.sources.read_into(op.file, of + there * kind.item, buffer[at : at + run])
             return
         target = array(buffer, kind.width, size, copies.target_stride, to)
-        source = self._source(op, size, of)
-        if kind.plain:
-            copy_strided(target, source)
-        else:
-            convert(target, source, copies.values)
+        for part, source in self._sources(op, size, of):
+            if kind.plain:
+                copy_strided(target[part], source)
+            else:
+                convert(target[part], source, copies.values)
+
+    def _sources(self, op: Op, size: tuple[int, ...], of: int) -> Iterable[tuple[tuple[Any, ...], np.ndarray]]:
+        """A strided box of a source file, whole or in parts: (the part's index in the box, its elements)."""
+        virtual = self.sources.virtual(op.file)
+        if virtual is None:
+            return [((...,), self._source(op, size, of))]
+        return virtual.boxes(self.sources, of, size, op.kind.copies.source_stride)
 
     def _source(self, op: Op, size: tuple[int, ...], of: int) -> np.ndarray:
         """A strided box of a source file."""
@@ -190,12 +223,7 @@ class Assembler:
             scratch = self._scratch(extent)
             self.sources.read_into(op.file, of, scratch)
             return array(scratch, item, size, stride, 0)
-        try:
-            return array(self.sources.mapped(op.file), item, size, stride, of)
-        except (ValueError, TypeError):
-            raise CheckpointError(
-                "a tensor lies outside its file", where=self.sources.path(op.file), found=f"offset {of}"
-            ) from None
+        return mapped(self.sources, op.file, item, size, stride, of)
 
     def _scratch(self, nbytes: int) -> memoryview:
         """This thread's own buffer, made once: fresh memory costs several times what a copy into it does."""

@@ -1,50 +1,28 @@
-"""Bind a spec to a model: which stored tensors there are, and where in each of them every logical box lies.
-
-Bound tensors come in groups. The members of a group have the same shape, type and fragments; they differ only along
-`index` axes, where each member holds a single index: the layer and expert that a name spells, or a chunk of one layer
-of a stacked tensor. That is what keeps planning fast: a hundred thousand tensors are a few dozen groups.
-"""
+"""Bind a source: which of its stored tensors each rule names, and where in each of them every logical box lies."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from fnmatch import translate
 from typing import Any, NamedTuple
 
 import numpy as np
-from attrs import define, field, frozen
-from numpy.typing import NDArray
+from attrs import define, field
 
-from registry import boxes, expressions
+from registry import boxes
 from registry.boxes import Box, Fragment
 from registry.errors import MappingError, RegistryError
-from registry.layout import Axis, Layout
-from registry.model import LogicalModel, rules_spec
+from registry.groups import Group, Spelling, coding, holds, replicated, sharded, spellings, template_of, without
+from registry.layout import Axis, Layout, parse
+from registry.model import Kind, LogicalModel, rules_spec
 from registry.parallel import Parallel, Stage
-from registry.specs import AXIS, FormatSpec, Ignored, Rule, Spec
+from registry.problems import collapse, unclaimed
+from registry.specs import FormatSpec, Ignored
 from registry.storage import Opened, Piece, Rank
-
-Ints = NDArray[np.int64]
-
-
-@frozen(eq=False)
-class Group:
-    """Stored tensors of one shape and type that differ only along `index` axes.
-
-    `members` are indices into the pieces of a source or the slots of a target. `index[axis]` gives each member's index
-    along an axis; the fragments leave those axes out.
-    """
-
-    pattern: str
-    rule: Rule
-    dtype: str
-    shape: tuple[int, ...]
-    fragments: tuple[Fragment, ...]
-    members: Ints
-    index: dict[str, Ints]
+from registry.tensor_rules import Rule, named_axes
 
 
 @define
@@ -56,58 +34,7 @@ class Bound:
     left_out: dict[str, str] = field(factory=dict)
     variants: dict[str, str] = field(factory=dict)
     padded: dict[str, int] = field(factory=dict)
-
-
-def named_axes(pattern: str) -> list[tuple[str, str | None]]:
-    """The (axis, parallel dimension) of a name pattern, in order."""
-    return [(axis, dim or None) for axis, dim in AXIS.findall(pattern)]
-
-
-def template_of(pattern: str) -> tuple[str, list[str]]:
-    """The pattern as a %-format, and the axes that fill it."""
-    return AXIS.sub("%d", pattern.replace("%", "%%")), [axis for axis, _ in named_axes(pattern)]
-
-
-def fold(pattern: str, layout: Layout, axis: str) -> tuple[str, Layout]:
-    """Take `{axis}` out of a name and make it the leading dimension of the tensor."""
-    shard = dict(named_axes(pattern))[axis]
-    mark = f"{{{axis}@{shard}}}" if shard else f"{{{axis}}}"
-    return pattern.replace(f".{mark}", "", 1), layout.prepend(Axis(axis, shard))
-
-
-@frozen
-class Spelling:
-    """One way that a rule's tensor may be named and dimensioned on disk, and the variant choices that it shows."""
-
-    pattern: str
-    layout: Layout
-    choices: tuple[tuple[str, str], ...]
-
-
-def spellings(spec: Spec, pattern: str, rule: Rule) -> list[Spelling]:
-    """Every spelling of one rule, the one written by default first."""
-    folds = [
-        (variant, choice, v.fold)
-        for variant, choices in spec.variants.items()
-        for choice, v in choices.items()
-        if v.fold
-    ]
-    named = [(pattern, ())] + [
-        (name, ((variant, choice),))
-        for choice, name in rule.names.items()
-        for variant, choices in spec.variants.items()
-        if choice in choices
-    ]
-    named += [(alias, ()) for alias in rule.aliases]
-    found = []
-    for name, choices in named:
-        for variant, choice, axis in folds:
-            if axis in dict(named_axes(name)):
-                found.append(Spelling(*fold(name, rule.parsed, axis), (*choices, (variant, choice))))
-                other = next((c for c, v in spec.variants[variant].items() if not v.fold), "")
-                choices = (*choices, (variant, other))
-        found.append(Spelling(name, rule.parsed, choices))
-    return found
+    absent: list[str] = field(factory=list)
 
 
 def local_stages(opened: Opened, patterns: Iterable[str]) -> list[Stage]:
@@ -115,7 +42,7 @@ def local_stages(opened: Opened, patterns: Iterable[str]) -> list[Stage]:
 
     Counting what is there gets every uneven split right, whatever arguments made it.
     """
-    heads = {expand_head(pattern) for pattern in patterns if "pp" in dict(named_axes(pattern)).values()}
+    heads = {expand_head(pattern) for pattern in patterns if sharded(pattern, "pp")}
     matchers = [re.compile(head) for head in sorted(heads)]
     counts: dict[tuple[int, int], int] = defaultdict(int)
     for piece in opened.pieces:
@@ -143,7 +70,7 @@ def expand_head(pattern: str) -> str:
 Found = tuple[Rank | None, str, tuple[int, ...], tuple[int, ...]]
 
 
-class _Kind(NamedTuple):
+class _Alike(NamedTuple):
     """What the members of a group have in common.
 
     `lone` are the dimensions along which each piece holds a single index of a plain axis; `at` the indices of the rank
@@ -159,21 +86,23 @@ class _Kind(NamedTuple):
     at: tuple[int, ...]
 
 
-def _kind(piece: Piece, single: Mapping[int, str], at: tuple[int, ...]) -> tuple[_Kind, tuple[int, ...]]:
-    """The kind of a piece, and its index along each lone dimension."""
+def _alike(piece: Piece, single: Mapping[int, str], at: tuple[int, ...]) -> tuple[_Alike, tuple[int, ...]]:
+    """What a piece shares with others, and its index along each lone dimension."""
     if piece.origin is None:
-        return _Kind(piece.dtype, piece.shape, piece.strides, piece.whole, None, (), at), ()
+        return _Alike(piece.dtype, piece.shape, piece.strides, piece.whole, None, (), at), ()
     lone = tuple(d for d in single if piece.shape[d : d + 1] == (1,))
     origin = tuple(0 if d in lone else o for d, o in enumerate(piece.origin))
-    kind = _Kind(piece.dtype, piece.shape, piece.strides, piece.whole, origin, lone, at)
-    return kind, tuple(piece.origin[d] for d in lone)
+    alike = _Alike(piece.dtype, piece.shape, piece.strides, piece.whole, origin, lone, at)
+    return alike, tuple(piece.origin[d] for d in lone)
 
 
 class _Reader:
     """Matches the pieces of a source to rules."""
 
-    def __init__(self, opened: Opened, spec: FormatSpec, model: LogicalModel, parallel: Parallel) -> None:
-        self.opened, self.spec, self.model, self.parallel = opened, spec, model, parallel
+    def __init__(self, opened: Opened, spec: FormatSpec, model: LogicalModel, env: Mapping[str, Any]) -> None:
+        self.opened, self.spec, self.model, self.env = opened, spec, model, env
+        self.owner = rules_spec(spec, model.architecture)
+        self.parallel = opened.parallel or Parallel()
         self.table: dict[Rank | None, dict[str, int]] = defaultdict(dict)
         self.further: dict[tuple[Rank | None, str], list[int]] = defaultdict(list)
         for i, piece in enumerate(opened.pieces):
@@ -184,41 +113,87 @@ class _Reader:
         self.bound = Bound()
         self.problems: list[str] = []
         self.stages: list[Stage] = []
+        # part of the model that may be absent -> names that should be there, and whether any is
+        self.lacking: dict[str, list[str]] = defaultdict(list)
+        self.having: set[str] = set()
 
-    def take(self, pattern: str, rule: Rule) -> None:
-        """Find every piece of one rule."""
-        if not self.model.present.intersection(rule.parsed.tensors):
+    def chosen(self, rules: Sequence[tuple[str, Rule]]) -> dict[str, str]:
+        """Variant -> the choice that most names on disk show, for variants that decide which rules hold.
+
+        Names that show nothing leave it to what the checkpoint says of itself, and to the default.
+        """
+        choices: dict[str, str] = {}
+        for variant, named in self.owner.variants.items():
+            limited = {choice: {p for p, r in rules if r.choice == choice} for choice in named}
+            if any(limited.values()):
+                votes = Counter(
+                    choice
+                    for pattern, rule in rules
+                    for name, choice in _telling(pattern, rule, limited)
+                    if self.shown(name, rule)
+                )
+                said = self.env.get(variant)
+                choices[variant] = max(named, key=lambda choice: (votes[choice], choice == said))
+                self.bound.variants |= {variant: choices[variant]} if votes else {}
+        return choices
+
+    def shown(self, name: str, rule: Rule) -> bool:
+        """Is there any tensor of this name?"""
+        plain = rule.model_copy(update={"names": {}, "aliases": []})
+        return any(
+            indices
+            for kind in self.model.kinds(name)
+            if kind.present.intersection(rule.parsed.tensors)
+            for spelling in self.spelled(name, plain)
+            for _, _, _, indices in self.find(spelling, kind)
+        )
+
+    def take(self, pattern: str, rule: Rule, kind: Kind) -> None:
+        """Find every piece of one rule, at the indices of one kind."""
+        tensors = [tensor for tensor in rule.parsed.tensors if tensor in kind.present]
+        if not tensors or any(self.model.sizes[named.axis] == 0 for named in named_axes(pattern)):
             return
+        part = rule.optional or next((self.model.optional[t] for t in tensors if t in self.model.optional), None)
         for spelling in self.spelled(pattern, rule):
-            found = list(self.find(spelling))
+            found = list(self.find(spelling, kind))
             if any(indices for _, _, _, indices in found):
                 break
         else:
-            if not rule.optional and any(t in self.model.tensors for t in rule.parsed.tensors):
+            if any(tensor in self.model.tensors for tensor in tensors):
                 first = self.spelled(pattern, rule)[0]
-                self.bound.missing += [name for _, name, _, _ in self.find(first)] or [pattern]
+                names = [name for _, name, _, _ in self.find(first, kind)] or [pattern]
+                (self.bound.missing if part is None else self.lacking[part]).extend(names)
             return
         for variant, choice in spelling.choices:
             self.bound.variants.setdefault(variant, choice)
-        self.bound.missing += [name for _, name, _, indices in found if not indices and self.must(rule)]
-        self.group(pattern, rule, spelling, found)
+        missing = [name for _, name, _, indices in found if not indices]
+        if part is not None:
+            self.having.add(part)
+            self.lacking[part] += missing
+        elif not all(tensor in self.model.ties for tensor in tensors):
+            self.bound.missing += missing
+        self.group(pattern, rule, spelling, found, kind)
 
     def spelled(self, pattern: str, rule: Rule) -> list[Spelling]:
-        return spellings(rules_spec(self.spec, self.model.architecture), pattern, rule)
+        return spellings(self.owner, pattern, rule, self.model)
 
-    def must(self, rule: Rule) -> bool:
-        return not rule.optional and not all(tensor in self.model.ties for tensor in rule.parsed.tensors)
-
-    def find(self, spelling: Spelling) -> Iterable[Found]:
+    def find(self, spelling: Spelling, kind: Kind) -> Iterable[Found]:
         """Every name that the spelling gives, in every file that may hold it."""
-        template, axes = template_of(spelling.pattern)
-        shards = dict(named_axes(spelling.pattern))
+        template, axes = template_of(spelling.pattern), named_axes(spelling.pattern)
+        expected_everywhere = sharded(spelling.pattern, "pp")
+        chosen = frozenset(kind.indices)
         for rank, names in self.table.items():
-            spans = [self.span(axis, shards[axis], rank) for axis in axes]
-            at = list(itertools.product(*(range(first, first + count) for first, count in spans)))
-            local = list(itertools.product(*(range(count) for _, count in spans))) if rank is not None else at
-            expected = rank is None or self.expected_on(rank, spelling)
-            for values, name in zip(at, [template % shown for shown in local], strict=True):
+            at, shown = [], []
+            for axis, plus, shard in axes:
+                first, count = self.span(axis, shard, rank)
+                held = [i for i in range(first, first + count) if axis != kind.axis or i in chosen]
+                at.append(held)
+                shift = (self.env[plus] if plus else 0) - (first if rank is not None else 0)
+                shown.append([i + shift for i in held])
+            # Must this rank's file have it? Only the layers say so; what sits on one stage is checked by coverage.
+            expected = rank is None or expected_everywhere
+            for values, local in zip(itertools.product(*at), itertools.product(*shown), strict=True):
+                name = template % local
                 piece = names.get(name)
                 if piece is None:
                     if expected:
@@ -228,10 +203,6 @@ class _Reader:
                 else:
                     yield rank, name, values, (piece,)
 
-    def expected_on(self, rank: Rank, spelling: Spelling) -> bool:
-        """Must this rank's file have it? Only the layers say so; what sits on one stage is checked by coverage."""
-        return "pp" in dict(named_axes(spelling.pattern)).values()
-
     def span(self, axis: str, shard: str | None, rank: Rank | None) -> tuple[int, int]:
         """(first, count) of a named axis in one file."""
         size = self.model.sizes[axis]
@@ -240,115 +211,113 @@ class _Reader:
         if shard == "pp":
             stage = next((s for s in self.stages if (s.pp, s.vpp) == (rank.pp, rank.vpp)), None)
             return (stage.first, stage.count) if stage else (0, 0)
-        return boxes.interval(size, getattr(rank, shard), self.parallel.size(shard), f"{axis}@{shard}")
+        return boxes.interval(size, self.at(rank, shard), self.parallel.size(shard), f"{axis}@{shard}")
 
-    def group(self, pattern: str, rule: Rule, spelling: Spelling, found: list[Found]) -> None:
+    def at(self, rank: Rank, dim: str) -> int:
+        return self.parallel.index(dim, rank.tp, rank.ep)
+
+    def group(self, pattern: str, rule: Rule, spelling: Spelling, found: list[Found], kind: Kind) -> None:
         """Sort the pieces of one rule into groups."""
         layout = spelling.layout
         single = {
             d: dim.name for d, dim in enumerate(layout.dims) if isinstance(dim, Axis) and dim.name not in rule.pad
         }
         shards = sorted(layout.sharded_over() - {"pp"})
-        kinds: dict[_Kind, tuple[list[int], list[tuple[int, ...]]]] = {}
+        kinds: dict[_Alike, tuple[list[int], list[tuple[int, ...]]]] = {}
         for rank, _, values, indices in found:
-            at = tuple(getattr(rank, dim) for dim in shards) if rank is not None else ()
+            at = tuple(self.at(rank, dim) for dim in shards) if rank is not None else ()
             for i in indices:
-                kind, lone = _kind(self.opened.pieces[i], single, at)
-                members, index = kinds.setdefault(kind, ([], []))
+                alike, lone = _alike(self.opened.pieces[i], single, at)
+                members, index = kinds.setdefault(alike, ([], []))
                 members.append(i)
                 index.append((*values, *lone))
-        named = [axis for axis, _ in named_axes(spelling.pattern)]
-        for kind, (members, index) in kinds.items():
+        named = [n.axis for n in named_axes(spelling.pattern)]
+        own = {a for t in rule.parsed.tensors if t in kind.present for a in self.model.tensors[self.model.home(t)]}
+        for alike, (members, index) in kinds.items():
             self.claimed[members] = True
             try:
-                fragments = self.fragments(rule, layout, kind, dict(zip(shards, kind.at, strict=False)))
+                fragments = self.fragments(rule, layout, alike, dict(zip(shards, alike.at, strict=False)), kind)
             except RegistryError as error:
                 why = f"{error.problem}; expected {error.expected}, found {error.found}"
                 self.problems += [f"{self.opened.pieces[i].name}: {why}" for i in members]
                 continue
-            axes = [*named, *(single[d] for d in kind.lone)]
+            axes = [*named, *(single[d] for d in alike.lone)]
             columns = np.array(index, dtype=np.int64).reshape(len(members), len(axes))
             self.bound.groups.append(
                 Group(
-                    pattern, rule, kind.dtype, kind.shape, tuple(without(f, axes) for f in fragments),
-                    np.array(members, dtype=np.int64), {axis: columns[:, k] for k, axis in enumerate(axes)},
+                    pattern, rule.layout, coding(rule, self.env), alike.dtype, alike.shape,
+                    tuple(without(f, axes) for f in fragments), np.array(members, dtype=np.int64),
+                    {axis: columns[:, k] for k, axis in enumerate(axes) if not rule.replica or axis in own},
                 )
             )  # fmt: skip
 
-    def fragments(self, rule: Rule, layout: Layout, kind: _Kind, at: Mapping[str, int]) -> list[Fragment]:
-        """The fragments of the pieces of one kind, on the rank at index `at` of each sharded dimension."""
-        stored = kind.shape if kind.whole is None else kind.whole
+    def fragments(self, rule: Rule, layout: Layout, alike: _Alike, at: Mapping[str, int], kind: Kind) -> list[Fragment]:
+        """The fragments of pieces that are alike, on the rank at index `at` of each sharded dimension."""
+        stored = alike.shape if alike.whole is None else alike.whole
         ranks = {dim: (i, self.parallel.size(dim)) for dim, i in at.items()}
-        sizes = dict(self.model.sizes)
+        sizes = dict(kind.sizes)
         for d, dim in enumerate(layout.dims):
             if isinstance(dim, Axis) and dim.name in rule.pad and d < len(stored):
                 sizes[dim.name] = stored[d] * ranks.get(dim.shard or "", (0, 1))[1]
                 self.bound.padded[dim.name] = max(sizes[dim.name], self.bound.padded.get(dim.name, 0))
         for axis, size in sizes.items():
-            if size < self.model.sizes[axis]:
-                raise MappingError("too short", expected=f"at least {self.model.sizes[axis]} along {axis}", found=size)
-        box = Box(sizes, self.model.present, ranks, replicated(self.spec), self.model.sizes if rule.pad else {})
-        expected = boxes.shape(layout, box)
+            if size < kind.sizes[axis]:
+                raise MappingError("too short", expected=f"at least {kind.sizes[axis]} along {axis}", found=size)
+        box = Box(sizes, kind.present, ranks, replicated(self.spec), kind.sizes if rule.pad else {})
+        shown = layout if rule.shape is None else parse(rule.shape)
+        expected = boxes.shape(shown, box)
         if stored != expected:
-            raise MappingError("shape disagrees with the config", expected=f"{expected} ({layout})", found=stored)
-        piece = None if kind.origin is None else list(zip(kind.origin, kind.shape, strict=True))
-        return boxes.fragments(layout, box, piece=piece, strides=kind.strides)
+            raise MappingError("shape disagrees with the config", expected=f"{expected} ({shown})", found=stored)
+        if rule.shape is not None and (alike.origin is not None or alike.strides is not None):
+            raise MappingError(
+                "the bytes are not in the order of the layout", expected="a whole tensor", found="a part"
+            )
+        piece = None if alike.origin is None else list(zip(alike.origin, alike.shape, strict=True))
+        return boxes.fragments(layout, box, piece=piece, strides=alike.strides)
 
-    def finish(self, ignored: Sequence[Ignored]) -> Bound:
+    def finish(self, ignored: Sequence[Ignored], rules: Sequence[tuple[str, Rule]]) -> Bound:
         """Everything must be claimed, or left out for a declared reason."""
+        for part, names in self.lacking.items():
+            if part in self.having:
+                self.bound.missing += names
+            else:
+                self.bound.absent.append(part)
         reasons = [(re.compile(translate(entry.name)), entry.reason) for entry in ignored]
         unknown = []
         for i in np.flatnonzero(~self.claimed):
             piece = self.opened.pieces[i]
             reason = next((reason for matcher, reason in reasons if matcher.match(piece.name)), None)
             if reason is None:
-                unknown.append(f"{piece.name} {list(piece.shape)}")
+                unknown.append((piece.name, f" {list(piece.shape)}"))
             else:
                 self.bound.left_out[piece.name] = reason
         for name in self.opened.entries:
             reason = next((reason for matcher, reason in reasons if matcher.match(name)), None)
             self.bound.left_out[name] = reason or "an entry without a tensor that no rule names"
         if unknown or self.problems:
-            details = [*collapse(self.problems), *(f"no rule claims {name}" for name in collapse(unknown))]
+            name = self.model.architecture.name
+            details = [*unclaimed(unknown, rules, self.model), *collapse(self.problems)]
+            details += [f"missing: {line}" for line in collapse(self.bound.missing, 8)]
             raise MappingError(
-                f"{self.opened.path} does not fit {self.model.architecture.name} in format {self.spec.name}",
-                details=details,
-                hint="check the config and the architecture, or register a spec with rules for these tensors",
+                f"{self.opened.path} does not fit {name} in format {self.spec.name}",
+                details=details[:24] + ([f"and {len(details) - 24} more"] if len(details) > 24 else []),
+                hint=f"check that the config belongs to these tensors; a relative of {name} needs a spec of its own: "
+                f"registry.register() a YAML file with `extends: {name}` and the rules that differ (docs/notation.md)",
             )
         return self.bound
 
 
-def replicated(spec: FormatSpec) -> dict[str, frozenset[str]]:
-    """Parallel dimension -> axes that are repeated where they are shorter than it."""
-    return {dim: frozenset(axes) for dim, axes in spec.replicate.items()}
-
-
-def without(fragment: Fragment, axes: Sequence[str]) -> Fragment:
-    """The fragment without axes along which every member holds one index."""
-    keep = [k for k, axis in enumerate(fragment.axes) if axis not in axes]
-    return Fragment(
-        fragment.tensor,
-        tuple(fragment.axes[k] for k in keep),
-        tuple(fragment.lo[k] for k in keep),
-        tuple(fragment.size[k] for k in keep),
-        tuple(fragment.stride[k] for k in keep),
-        fragment.offset,
-    )
-
-
-def collapse(names: Sequence[str], limit: int = 20) -> list[str]:
-    """Names with their indices grouped: `layers.{0..31}.q_proj`. At most `limit` lines, then a count."""
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        match = re.search(r"(?<=\.)\d+(?=\.|$)", name)
-        grouped[name[: match.start()] + "\0" + name[match.end() :] if match else name].append(match[0] if match else "")
-    lines = []
-    for key, indices in grouped.items():
-        numbers = sorted({int(i) for i in indices if i})
-        runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-        text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-        lines.append(key.replace("\0", f"{{{text}}}" if len(numbers) > 1 else text))
-    return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]
+def _telling(pattern: str, rule: Rule, limited: Mapping[str, Container[str]]) -> Iterator[tuple[str, str]]:
+    """(name, choice) of the names that only one choice of a variant has."""
+    own = {choice: name for choice, name in rule.names.items() if choice in limited}
+    rest = [choice for choice in limited if choice not in own]
+    if own:
+        yield from ((name, choice) for choice, name in own.items())
+        if len(rest) == 1:
+            yield pattern, rest[0]
+    elif rule.choice is not None and [c for c, patterns in limited.items() if pattern in patterns] == [rule.choice]:
+        for name in (pattern, *rule.aliases):
+            yield name, rule.choice
 
 
 def bind_source(
@@ -360,13 +329,15 @@ def bind_source(
     ignored: Sequence[Ignored],
 ) -> Bound:
     """Match every tensor of an opened checkpoint to the model. Raises MappingError listing every problem."""
-    parallel = opened.parallel or Parallel()
-    env = {**model.facts, **parallel.env(), **options}
-    active = [(p, r) for p, r in rules if r.when is None or expressions.parse(r.when)(env)]
-    reader = _Reader(opened, spec, model, parallel)
+    env = {**options, **model.facts, **(opened.parallel or Parallel()).env(), **model.functions}
+    reader = _Reader(opened, spec, model, env)
+    rules = list(rules)
     if spec.ranked:
-        owner = rules_spec(spec, model.architecture)
-        reader.stages = local_stages(opened, (s.pattern for p, r in active for s in spellings(owner, p, r)))
-    for pattern, rule in active:
-        reader.take(pattern, rule)
-    return reader.finish(ignored)
+        reader.stages = local_stages(opened, (s.pattern for p, r in rules for s in reader.spelled(p, r)))
+    choices = reader.chosen(rules)
+    env |= {name: choice for name, choice in choices.items() if name not in model.facts}
+    for pattern, rule in rules:
+        for kind in model.kinds(pattern):
+            if rule.optional not in model.without and holds(rule, kind, env, choices):
+                reader.take(pattern, rule, kind)
+    return reader.finish(ignored, rules)

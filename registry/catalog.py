@@ -99,7 +99,7 @@ def _directories() -> tuple[Path, ...]:
         if located is None or not located.submodule_search_locations:
             raise SpecError("an installed entry point names no package", where=f"registry.mappings: {point.value}")
         found += [Path(p) for p in located.submodule_search_locations]
-    return tuple(found)
+    return tuple(dict.fromkeys(found))  # the path of a namespace package may say one directory twice
 
 
 @cache
@@ -149,7 +149,7 @@ def _resolve(data: Mapping[str, Any], where: object, seen: tuple[str, ...] = ())
     if parent in seen:
         raise SpecError("specs extend each other in a circle", where=where, found=" -> ".join((*seen, parent)))
     if (kind, parent) in _registered:
-        base = _registered[kind, parent].model_dump()
+        base = _registered[kind, parent].source() or _registered[kind, parent].model_dump()
     elif kind in KINDS and parent in _files(kind):
         base = _resolve(_read_yaml(_files(kind)[parent]), _files(kind)[parent], (*seen, parent))
     else:
@@ -174,7 +174,7 @@ def build(data: Mapping[str, Any], where: object) -> ArchitectureSpec | FormatSp
         )
     whole = _resolve(data, where)
     try:
-        return models[kind].model_validate(whole)
+        return models[kind].model_validate(whole).given(whole)
     except ValidationError as error:
         problems = _listed(error)
         try:  # What is wrong by itself hides what does not fit together: leave it out, and look again.

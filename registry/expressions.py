@@ -1,17 +1,19 @@
 """Small expressions over named facts, as specs use them: `heads // kv_heads`, `tied_embeddings and pp > 1`.
 
 The grammar is a closed subset of Python's expressions, walked by hand: numbers, strings, lists, mappings with text as
-keys, names, dotted fields, arithmetic (no powers; `+` also joins strings), comparisons, `and/or/not`, `a if c else b`,
-and the functions in `FUNCTIONS`. A name that the environment lacks is None, and so is a field of None. Nothing is ever
-compiled or executed.
+keys, names, dotted fields, `x[i]` of lists and strings, arithmetic (no powers; `+` also joins strings and lists, `*`
+also repeats lists), comparisons, `and/or/not`, `a if c else b`, and the functions in `FUNCTIONS` and `MODEL_FUNCTIONS`.
+A name that the environment lacks is None, and so is a field or an element of None. Nothing is ever compiled or
+executed.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,14 +34,46 @@ def _omit(table: Mapping[str, Any] | None, *keys: str) -> dict[str, Any] | None:
     return None if table is None else {k: v for k, v in table.items() if k not in keys}
 
 
+def _renamed(table: Mapping[str, Any] | None, old: str, new: str) -> dict[str, Any] | None:
+    """A table with an older key under its newer name, which holds where both are there."""
+    kept = _omit(table, old)
+    return kept if kept is None or table is None or old not in table else {new: table[old], **kept}
+
+
 def _lcm(*numbers: int) -> int:
     return math.lcm(*numbers)
+
+
+def _index(items: Sequence[Any] | None, value: Any) -> int | None:
+    """Where `value` first stands in a list; the list's length where it does not."""
+    if items is None:
+        return None
+    return next((i for i, item in enumerate(items) if item == value), len(items))
+
+
+def _count(items: Sequence[Any] | None, value: Any) -> int | None:
+    return None if items is None else sum(item == value for item in items)
+
+
+def _indices(items: Sequence[Any] | None, value: Any) -> list[int] | None:
+    """Everywhere that `value` stands in a list."""
+    return None if items is None else [i for i, item in enumerate(items) if item == value]
+
+
+def _from_json(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ceil_to": _ceil_to,
     "omit": _omit,
+    "renamed": _renamed,
+    "from_json": _from_json,
+    "to_json": json.dumps,
     "lcm": _lcm,
+    "index": _index,
+    "count": _count,
+    "indices": _indices,
     "min": min,
     "max": max,
     "len": len,
@@ -47,6 +81,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "float": float,
     "bool": bool,
 }
+
+#: Functions that the environment brings: `has('mlp.router.weight')`, does the model (or the layer in question) have
+#: this logical tensor; `each('mlp.router.weight')`, the same as 0 or 1 for every layer, as a list.
+MODEL_FUNCTIONS = ("has", "each")
+#: A list is repeated to at most so many elements.
+MAX_LIST = 1 << 16
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -110,10 +150,12 @@ def _check(node: ast.expr, text: str) -> set[str]:
     match node:
         case ast.Constant(value=value) if value is None or isinstance(value, bool | int | float | str):
             return set()
-        case ast.Name(id=name) if not name.startswith("__"):
+        case ast.Name(id=name) if not name.startswith("__") and name not in MODEL_FUNCTIONS:
             return set() if name in _CONSTANTS else {name}
         case ast.Attribute(value=value, attr=attr) if not attr.startswith("__"):
             return _check(value, text)
+        case ast.Subscript(value=value, slice=index) if not isinstance(index, ast.Slice):
+            return _check(value, text) | _check(index, text)
         case ast.List(elts=items) | ast.Tuple(elts=items) | ast.BoolOp(values=items):
             return set().union(*(_check(item, text) for item in items))
         case ast.Dict(keys=keys, values=items) if all(_is_text(key) for key in keys):
@@ -126,7 +168,7 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return _check(left, text).union(*(_check(other, text) for other in others))
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _check(test, text) | _check(body, text) | _check(orelse, text)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS or name in MODEL_FUNCTIONS:
             return set().union(*(_check(arg, text) for arg in args))
     raise SpecError(
         f"{ast.unparse(node)!r} is not allowed in an expression",
@@ -139,6 +181,18 @@ def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else None
 
 
+def _element(value: Any, index: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return value.get(index)
+    if not isinstance(value, list | str) or type(index) is not int:
+        raise TypeError(f"element {index!r} of {value!r}")
+    if not 0 <= index < len(value):
+        raise IndexError(f"element {index} of {len(value)}")
+    return value[index]
+
+
 def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value):
@@ -147,6 +201,8 @@ def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
             return _CONSTANTS[name] if name in _CONSTANTS else env.get(name)
         case ast.Attribute(value=value, attr=attr):
             return _field(_evaluate(value, env), attr)
+        case ast.Subscript(value=value, slice=index):
+            return _element(_evaluate(value, env), _evaluate(index, env))
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_evaluate(item, env) for item in items]
         case ast.Dict(keys=keys, values=items):
@@ -163,8 +219,12 @@ def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
             return not result if isinstance(op, ast.Not) else -result
         case ast.BinOp(left=left, op=op, right=right):
             a, b = _evaluate(left, env), _evaluate(right, env)
-            if isinstance(op, ast.Add) and isinstance(a, str) and isinstance(b, str):
+            if isinstance(op, ast.Add) and type(a) is type(b) and isinstance(a, str | list):
                 return a + b
+            if isinstance(op, ast.Mult) and isinstance(a, list) and type(b) is int:
+                if len(a) * b > MAX_LIST:
+                    raise ValueError(f"a list of more than {MAX_LIST} elements")
+                return a * b
             if not (isinstance(a, int | float) and isinstance(b, int | float)):
                 raise TypeError(f"arithmetic on {a!r} and {b!r}")
             return _BINARY[type(op)](a, b)
@@ -179,5 +239,8 @@ def _evaluate(node: ast.expr, env: Mapping[str, Any]) -> Any:
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _evaluate(body if _evaluate(test, env) else orelse, env)
         case ast.Call(func=ast.Name(id=name), args=args):
-            return FUNCTIONS[name](*(_evaluate(arg, env) for arg in args))
+            function = FUNCTIONS[name] if name in FUNCTIONS else env.get(name)
+            if not callable(function):
+                raise TypeError(f"{name}() asks about a model, and there is none yet")
+            return function(*(_evaluate(arg, env) for arg in args))
     raise TypeError(f"unexpected {ast.dump(node)}")

@@ -1,4 +1,4 @@
-"""Open files of a run: sources that are read and mapped, targets that are written and synced."""
+"""Open files of a run: sources that are read, mapped or made up, targets that are written and synced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Self
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from registry.errors import CheckpointError
 from registry.storage import FilePlan
@@ -26,13 +28,31 @@ _SYNCING = 8
 _CHUNK = 1 << 20
 
 
+class Virtual(Protocol):
+    """A file that is on no disk: what it holds is made, when it is read, of what other files hold."""
+
+    @property
+    def path(self) -> Path:
+        """The file that most of it is made of, for messages."""
+
+    def read_into(self, files: SourceFiles, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+
+    def boxes(
+        self, files: SourceFiles, offset: int, size: Sequence[int], stride: Sequence[int]
+    ) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
+        """A strided box from `offset` in parts: (the part's index in the box, its elements until the next is taken)."""
+
+
 class SourceFiles:
     """The files of an opened checkpoint, opened when first read and closed when many others were since."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    def __init__(self, files: Sequence[Path | Virtual]) -> None:
+        self._paths = [file if isinstance(file, Path) else file.path for file in files]
+        self._virtual = {i: file for i, file in enumerate(files) if not isinstance(file, Path)}
         self._open: dict[int, _Source] = {}
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     def __enter__(self) -> Self:
         return self
@@ -57,6 +77,9 @@ class SourceFiles:
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. Raises CheckpointError where the file ends early or cannot be read."""
+        if file in self._virtual:
+            self._virtual[file].read_into(self, offset, buffer)
+            return
         source = self._get(file)
         while len(buffer):
             try:
@@ -67,8 +90,21 @@ class SourceFiles:
                 raise self._short(file, f"{len(buffer)} more bytes from offset {offset}")
             buffer, offset = buffer[n:], offset + n
 
+    def virtual(self, file: int) -> Virtual | None:
+        """The file, if it is on no disk; it cannot be mapped then."""
+        return self._virtual.get(file)
+
+    def scratch(self, name: str, nbytes: int) -> memoryview:
+        """This thread's own buffer of that name, kept: fresh memory costs several times what a copy into it does."""
+        have: memoryview | None = getattr(self._local, name, None)
+        if have is None or len(have) < nbytes:
+            have = memoryview(bytearray(max(nbytes, 1 << (nbytes - 1).bit_length())))
+            setattr(self._local, name, have)
+        return have[:nbytes]
+
     def mapped(self, file: int) -> mmap.mmap:
         """The whole file, mapped for reading. Raises CheckpointError where it has become shorter since."""
+        assert file not in self._virtual
         source = self._get(file)
         mapped = source.map()
         # What lies beyond the end of a file that shrank is a fatal signal to touch.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from attrs import asdict, frozen
 
+from registry.decoding import stored
 from registry.dtypes import ITEMSIZE
 from registry.source import Source
 from registry.storage import slot_bytes
@@ -60,9 +61,10 @@ class Inspection:
 def inspection(source: Source) -> Inspection:
     """Sum a bound checkpoint up. No tensor data is read."""
     opened, model = source.opened, source.model
+    on_disk = list(stored(opened))
     types: Counter[str] = Counter()
     for tensor in model.tensors:
-        types["/".join(sorted(source.dtypes.get(tensor, {source.dtype})))] += math.prod(model.shape(tensor))
+        types["/".join(sorted(source.dtypes.get(tensor, {source.dtype})))] += model.volume(tensor)
     assert all(part in ITEMSIZE for name in types for part in name.split("/"))
     return Inspection(
         path=str(opened.path),
@@ -71,9 +73,9 @@ def inspection(source: Source) -> Inspection:
         variants=dict(source.bound.variants),
         parameters=sum(types.values()),
         dtypes=dict(types),
-        nbytes=sum(slot_bytes(piece) for piece in opened.pieces),
-        tensors=len({(piece.rank, piece.name) for piece in opened.pieces}),
-        files=len(opened.files),
+        nbytes=sum(slot_bytes(piece) for piece in on_disk),
+        tensors=len({(piece.rank, piece.name) for piece in on_disk}),
+        files=sum(isinstance(file, Path) for file in opened.files),
         parallel=str(opened.parallel or "one rank"),
         iteration=opened.iteration,
         facts=model.facts,

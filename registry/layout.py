@@ -17,10 +17,10 @@ This module parses, checks and prints; `registry.boxes` evaluates a layout on si
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from registry.errors import LayoutError
 
@@ -119,9 +119,25 @@ class Layout:
         """Every parallel dimension that the layout names."""
         return {axis.shard for axis in _walk_axes(self.dims) if axis.shard} | self.cuts()
 
+    def relabel(self, change: Callable[[str], str]) -> Layout:
+        """This layout of other tensors: `change` gives each one's new name."""
+        return Layout(_relabel(self.dims, change), change(self.label) if self.label else None)
+
     def prepend(self, axis: Axis) -> Layout:
         """This layout with one more leading dimension (stacked layers)."""
         return Layout((axis, *self.dims), self.label)
+
+
+def _relabel(nodes: tuple[Node, ...], change: Callable[[str], str]) -> tuple[Node, ...]:
+    def part(old: Part) -> Part:
+        return evolve(old, label=change(old.label) if old.label else None, factors=_relabel(old.factors, change))
+
+    def again(node: Node) -> Node:
+        if isinstance(node, Product):
+            return evolve(node, factors=_relabel(node.factors, change))
+        return evolve(node, parts=tuple(map(part, node.parts))) if isinstance(node, Sum) else node
+
+    return tuple(map(again, nodes))
 
 
 def _walk_axes(nodes: tuple[Node, ...]) -> Iterator[Axis]:

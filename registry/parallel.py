@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 from attrs import field, frozen
@@ -24,6 +26,20 @@ class Stage(NamedTuple):
 
 def _sizes(pp: int | Sequence[int]) -> tuple[int, ...] | None:
     return tuple(pp) if isinstance(pp, Sequence) and not isinstance(pp, str | bytes) else None
+
+
+@cache
+def _expert_ranks(tp: int, ep: int, etp: int) -> dict[tuple[int, int], int]:
+    """(tp, ep) -> etp of every rank that holds weights of its own, in order."""
+    found: dict[tuple[int, int], int] = {}
+    for rank in range(math.lcm(tp, etp * ep)):
+        key = (rank % tp, rank // etp % ep)
+        if found.setdefault(key, rank % etp) != rank % etp:
+            raise ParallelError(
+                "two ranks would write the same file", expected="etp that divides tp",
+                found=f"tp {tp}, ep {ep}, etp {etp}", hint="choose another etp, or a format with global tensors",
+            )  # fmt: skip
+    return dict(sorted(found.items()))
 
 
 @frozen(init=False)
@@ -78,6 +94,27 @@ class Parallel:
     def env(self) -> dict[str, int]:
         """The sizes as names for expressions."""
         return {dimension: self.size(dimension) for dimension in DIMENSIONS}
+
+    def tensor_ranks(self) -> list[dict[str, int]]:
+        """The index along `tp` of every tensor-parallel rank."""
+        return [{"tp": i} for i in range(self.tp)]
+
+    def expert_ranks(self) -> list[dict[str, int]]:
+        """The indices along `tp`, `ep` and `etp` of the ranks of one pipeline stage that hold different weights.
+
+        Dense layers count ranks as tp x dp, experts as etp x ep x dp, over the same ranks in the same order
+        (megatron/core/parallel_state.py, RankGenerator). Raises ParallelError where more than one of them would write
+        the file of one (tp, ep), as Megatron's per-rank files are named.
+        """
+        return [
+            {"tp": tp, "ep": ep, "etp": i} for (tp, ep), i in _expert_ranks(self.tp, self.ep, self.size("etp")).items()
+        ]
+
+    def index(self, dimension: str, tp: int, ep: int) -> int:
+        """The index along `tp`, `ep` or `etp` of the rank whose file is that of (tp, ep)."""
+        if dimension == "etp":
+            return _expert_ranks(self.tp, self.ep, self.size("etp")).get((tp, ep), 0)
+        return tp if dimension == "tp" else ep
 
     def stages(self, layers: int) -> list[Stage]:
         """The stages in the order of the layers (chunk 0 of every rank, then chunk 1, ...). Raises ParallelError.

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from attrs import define, field, frozen
 
-from registry.bind import Bound, Group, Ints, collapse
+from registry.bind import Bound
 from registry.boxes import Fragment
 from registry.dtypes import ITEMSIZE
 from registry.errors import MappingError
+from registry.groups import Coding, Group, Ints
 from registry.model import LogicalModel
-from registry.specs import Rule
+from registry.problems import collapse
 from registry.storage import Opened, Piece, Slot
 
 
@@ -30,14 +31,13 @@ class Values:
 
     source_dtype: str
     target_dtype: str
-    source_rule: Rule
-    target_rule: Rule
+    source: Coding
+    target: Coding
 
     @property
     def plain(self) -> bool:
         """Do the bytes travel as they are?"""
-        a, b = self.source_rule, self.target_rule
-        return self.source_dtype == self.target_dtype and (a.scale, a.offset, a.codec) == (b.scale, b.offset, b.codec)
+        return self.source_dtype == self.target_dtype and self.source == self.target
 
 
 @frozen(eq=False)
@@ -115,7 +115,7 @@ def _sides(groups: Iterable[Group], model: LogicalModel) -> dict[str, list[_Side
             axes = {*f.axes, *group.index}
             if axes != set(model.tensors[model.home(f.tensor)]):
                 raise MappingError(
-                    f"a layout disagrees about the axes of {f.tensor}", where=f"{group.pattern}: {group.rule.layout}",
+                    f"a layout disagrees about the axes of {f.tensor}", where=f"{group.pattern}: {group.layout}",
                     expected=" ".join(model.tensors[model.home(f.tensor)]), found=" ".join(sorted(axes)),
                     hint="correct the spec",
                 )  # fmt: skip
@@ -185,7 +185,7 @@ def _copies(target: _Side, source: _Side, model: LogicalModel) -> Copies | None:
     size, source_stride, target_stride = merge(
         [box[a][1] for a in axes], [source.stride[a] for a in axes], [target.stride[a] for a in axes]
     )
-    values = Values(source.group.dtype, target.group.dtype, source.group.rule, target.group.rule)
+    values = Values(source.group.dtype, target.group.dtype, source.group.coding, target.group.coding)
     return Copies(
         target.tensor, size, source_stride, target_stride, values,
         source.group.members[at_s], source_offset, target.group.members[at_t], target_offset,
@@ -275,7 +275,14 @@ def _subset(side: _Side, mask: np.ndarray) -> _Side:
         return side
     g = side.group
     group = Group(
-        g.pattern, g.rule, g.dtype, g.shape, g.fragments, g.members[mask], {a: c[mask] for a, c in g.index.items()}
+        g.pattern,
+        g.layout,
+        g.coding,
+        g.dtype,
+        g.shape,
+        g.fragments,
+        g.members[mask],
+        {a: c[mask] for a, c in g.index.items()},
     )
     return _Side(group, side.fragment, side.lo, side.size, side.stride)
 
@@ -293,11 +300,12 @@ def make_plan(
     plan, problems = Plan(), []
     sources, targets = _sides(source.groups, model), _sides(target, model)
     for tensor, axes in model.tensors.items():
-        whole = math.prod(model.shape(tensor))
+        whole = model.volume(tensor)
         if not whole:
             continue
         if tensor not in sources:
-            problems.append(f"{tensor}: the source lacks it")
+            if tensor not in model.architecture.spare:
+                problems.append(f"{tensor}: the source lacks it")
             continue
         kept, repeats, volume = _primaries(sources[tensor], axes, whole, model)
         if volume != whole or _overlapping(kept, axes):

@@ -9,13 +9,14 @@ from typing import Any
 from attrs import frozen
 
 from registry import catalog
+from registry.defaults import lost_fields
 from registry.dtypes import is_float
 from registry.errors import ArgumentError, MappingError
-from registry.model import config_map, format_rules, loose_facts, read_facts, rules_spec, write_document
+from registry.model import config_map, extension, format_rules, loose_facts, read_facts, rules_spec, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
 from registry.source import Source
-from registry.specs import FormatSpec
+from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Laid, Request
 from registry.target import Target, bind_target
 from registry.version import library_version
@@ -35,9 +36,11 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def merged_options(spec: FormatSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
+def merged_options(spec: FormatSpec, architecture: ArchitectureSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The format's options with what the user gave. Raises ArgumentError listing everything that is wrong."""
     options = {name: option.default for name, option in spec.options.items()}
+    if added := extension(spec, architecture):
+        options |= added.options
     problems = []
     for name, value in (given or {}).items():
         if name not in spec.options:
@@ -67,7 +70,7 @@ def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
             f"{spec.name} has no virtual pipeline stages", found=f"vpp {parallel.vpp} with a list of layer counts"
         )
     note = [f"{spec.name} is not sharded over {', '.join(lost)}: those sizes have no effect"] if lost else []
-    return Parallel(pp=pp, **kept), note
+    return Parallel(pp=pp, etp=parallel.etp if "etp" in spec.parallel else None, **kept), note
 
 
 def _extends(architecture: str, spec: FormatSpec) -> bool:
@@ -88,7 +91,11 @@ def _choices(source: Source, spec: FormatSpec, options: Mapping[str, Any]) -> di
     choices = {variant: next(iter(named)) for variant, named in variants.items()}
     if spec.rules_from == "architecture":
         choices |= {k: v for k, v in hub_variants(source).items() if v in variants.get(k, {})}
-    return choices | {variant: str(options[variant]) for variant in variants if variant in options}
+    choices |= {variant: str(options[variant]) for variant in variants if variant in options}
+    for variant, named in variants.items():
+        if not named[choices[variant]].written:
+            choices[variant] = next(choice for choice, v in named.items() if v.written)
+    return choices
 
 
 def prepare_target(
@@ -107,9 +114,9 @@ def prepare_target(
     choices = _choices(source, spec, options)
     rules = list(format_rules(spec, source.architecture))
     target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
-    if target.homeless:
+    if lost := [tensor for tensor in target.homeless if tensor not in source.architecture.spare]:
         raise MappingError(
-            f"{spec.name} has no place for some tensors", where=source.opened.path, details=target.homeless,
+            f"{spec.name} has no place for some tensors", where=source.opened.path, details=lost,
             hint=f"add rules for them to the format spec {spec.name}",
         )  # fmt: skip
     return target, make_plan(source.bound, source.opened, target.groups, target.slots, source.model)
@@ -121,21 +128,34 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Bind and plan a conversion of an opened source to the format `to`."""
     spec = catalog.format_spec(to)
-    chosen = merged_options(spec, options)
+    chosen = merged_options(spec, source.architecture, options)
     layout, notes = fitted(spec, parallel or Parallel())
     target, plan = prepare_target(source, spec, layout, chosen, dtype)
-    return Prepared(source, spec, layout, target, plan, (*source.notes, *notes))
+    shifted = sorted({copies.tensor for copies in plan.copies if copies.values.source != copies.values.target})
+    if shifted:
+        notes.append(f"stored with another offset, which may round: {', '.join(shifted)}")
+    return Prepared(source, spec, layout, target, plan, (*source.notes, *notes, *_spared(source, spec, target)))
+
+
+def _spared(source: Source, spec: FormatSpec, target: Target) -> Iterator[str]:
+    """What one of the two formats leaves out."""
+    held = {source.model.home(f.tensor) for group in source.bound.groups for f in group.fragments}
+    for tensor, reason in source.architecture.spare.items():
+        if tensor in target.homeless:
+            yield f"{spec.name} leaves {tensor} out: {reason}"
+        elif tensor in source.model.tensors and tensor not in held:
+            yield f"{source.spec.name} has no {tensor}, so it is zeros: {reason}"
 
 
 def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Laid, list[str]]:
     """Ask the target's container where everything goes; notes on facts that the target's own config cannot say."""
     source, spec = prepared.source, prepared.spec
-    chosen = merged_options(spec, options)
+    chosen = merged_options(spec, source.architecture, options)
     facts = {**source.model.facts, "dtype": dtype or source.dtype}
     hub_config = source.hub_config
     if dtype is not None:
         hub_config = write_document({"dtype": dtype}, source.architecture.config, facts, hub_config)
-    env = {**chosen, **prepared.parallel.env(), "dtype": facts["dtype"]}
+    env = {**chosen, **facts, **prepared.parallel.env(), **source.model.functions}
     if spec.rules_from == "architecture":
         document = hub_config
     else:
@@ -149,6 +169,7 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         "architecture": source.architecture.name,
         "metadata": source.opened.state.get("metadata"),
         "variants": hub_variants(source),
+        "dtypes": _forced(prepared, dtype),
     }
     request = Request(
         spec.name, prepared.target.slots, prepared.target.objects, document, prepared.parallel, chosen, source.opened,
@@ -156,6 +177,18 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(), hub_config, source.opened.side_files,
     )  # fmt: skip
     return catalog.container(spec.container).lay_out(request), list(_unsaid(source, spec, document))
+
+
+def _forced(prepared: Prepared, dtype: str | None) -> dict[str, str]:
+    """The types of tensors that the target stores in a type of its own, for the way back."""
+    source, found = prepared.source, {}
+    for group in prepared.target.groups:
+        for tensor in {source.model.home(f.tensor) for f in group.fragments}:
+            own = next(iter(source.dtypes.get(tensor, {source.dtype})))
+            own = dtype if dtype is not None and is_float(own) else own
+            if group.dtype != own:
+                found[tensor] = own
+    return found
 
 
 def _unsaid(source: Source, spec: FormatSpec, document: Mapping[str, Any]) -> Iterator[str]:
@@ -166,6 +199,20 @@ def _unsaid(source: Source, spec: FormatSpec, document: Mapping[str, Any]) -> It
     for name, value in source.model.facts.items():
         if name in loose or name not in source.architecture.config.facts:
             continue
-        if value and said.get(name) != value:
+        if said.get(name) != value and (value or said.get(name)):
             what = f"says {said[name]!r}" if said.get(name) is not None else "has no place for it"
             yield f"{name} is {value!r}, but {spec.name}'s own config {what} (it travels along in the source's config)"
+    if spec.rules_from == "format" and (lost := _lost(source)):
+        yield (
+            f"config fields that {spec.name}'s own config has no place for: {', '.join(lost)} "
+            "(they travel along in the source's config)"
+        )
+
+
+def _lost(source: Source) -> list[str]:
+    """The fields of a config.json that only another config.json has a place for."""
+    formats = [catalog.format_spec(name) for name in catalog.names("format")]
+    own = source.architecture.config
+    maps = [own, *(spec.config for spec in formats if spec.rules_from == "architecture")]
+    neutral = [glob for config in maps for glob in config.neutral]
+    return lost_fields(source.hub_config, source.architecture, neutral, own.usual)

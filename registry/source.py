@@ -11,18 +11,22 @@ from typing import Any
 from attrs import frozen
 
 from registry import catalog, expressions
-from registry.bind import Bound, bind_source, collapse
+from registry.bind import Bound, bind_source
+from registry.decoding import decode
+from registry.defaults import hub_facts
 from registry.dtypes import is_float
 from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
 from registry.model import (
     LogicalModel,
     config_map,
+    extension,
     format_rules,
     logical_model,
     loose_facts,
     read_facts,
     write_document,
 )
+from registry.problems import collapse
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Opened, slot_bytes
 
@@ -133,7 +137,7 @@ def load(
             "the checkpoint cannot be read", where=error.filename or where, expected="to read it",
             found=error.strerror or error, hint="check the path and its permissions",
         ) from error  # fmt: skip
-    hub = read_config(config) if config is not None else opened.hub_config
+    hub = decode(opened, spec, read_config(config) if config is not None else opened.hub_config)
     name = architecture or (None if hub is None else hub.get("model_type")) or opened.architecture
     if config is not None and isinstance(config, str | os.PathLike):
         opened = _with_side_files(opened, Path(config))
@@ -198,6 +202,8 @@ def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> Sour
     reasons = []
     for name in catalog.names("architecture"):
         candidate = catalog.architecture(name)
+        if not candidate.recognised or (spec.closed and spec.name not in candidate.formats):
+            continue
         fits = False
         try:
             _facts(opened, spec, candidate, hub, strict=True)
@@ -228,20 +234,31 @@ def _bind(
 ) -> Source:
     facts, hub_config, notes = _facts(opened, spec, architecture, hub, strict)
     known = bool(hub or spec.rules_from == "architecture")
-    model = logical_model(architecture, facts)
     options = {
         name: (expressions.parse(option.read)(opened.document) if option.read else None)
         for name, option in spec.options.items()
     }
     options = {name: spec.options[name].default if value is None else value for name, value in options.items()}
     ignored = [*spec.ignored, *(architecture.ignored if spec.rules_from == "architecture" else [])]
-    bound = bind_source(opened, spec, list(format_rules(spec, architecture)), model, options, ignored)
+    rules = list(format_rules(spec, architecture))
+    model = logical_model(architecture, facts)
+    bound = bind_source(opened, spec, rules, model, options, ignored)
+    if bound.absent:
+        for part in (architecture.optional[name] for name in bound.absent):
+            if any(facts.get(name) != value for name, value in part.facts.items()):
+                notes.append(f"not all that the config speaks of is here: {part.reason}")
+            facts |= part.facts
+        model = logical_model(architecture, facts, bound.absent)
+        bound = bind_source(opened, spec, rules, model, options, ignored)
     if strict and bound.missing:
         raise MappingError(
             "tensors are missing", where=opened.path, details=collapse(bound.missing),
             hint="check that no file is missing and that the config belongs to these tensors",
         )  # fmt: skip
     dtypes, dominant = _dtypes(bound, opened, model)
+    carried = opened.state.get("dtypes")
+    if isinstance(carried, dict):  # what a format stored in a type of its own
+        dtypes |= {t: frozenset({d}) for t, d in carried.items() if t in dtypes and isinstance(d, str) and is_float(d)}
     if not known:
         hub_config = write_document({"dtype": dominant}, architecture.config, model.facts, hub_config)
         if bound.padded:
@@ -259,7 +276,8 @@ def _facts(
     """The model's facts, the HuggingFace config that says them, and where the format's own document disagrees."""
     if spec.rules_from == "architecture":
         document = hub or opened.document
-        return read_facts(document, architecture.config), document, []
+        said, notes = _hub_facts(document, architecture, {}, strict)
+        return said, document, notes
     own: dict[str, Any] = {}
     if opened.document:
         own = read_facts(opened.document, config_map(spec, architecture))
@@ -268,28 +286,44 @@ def _facts(
         for key, value in architecture.facts.items()
         if own.get(key) is not None and own[key] != value
     ]
-    if extension := architecture.formats.get(spec.name):
+    if added := extension(spec, architecture):
         wrong += [
             f"{key}: {opened.document.get(key)!r}, expected {value!r}"
-            for key, value in extension.requires.items()
+            for key, value in added.requires.items()
             if opened.document and opened.document.get(key) != value
         ]
-    if hub is None:
+    if hub is not None:
+        said, notes = _hub_facts(hub, architecture, own, strict)
+    else:
         hub = write_document(own, architecture.config, own, {})
-        back = read_facts(hub, architecture.config)
+        said, notes = read_facts(hub, architecture.config), []
         wrong += [
-            f"{key}: {own[key]!r} cannot be said by its config" for key in back if own.get(key) not in (None, back[key])
+            f"{key}: {own[key]!r} cannot be said by its config" for key in said if own.get(key) not in (None, said[key])
         ]
     if strict and wrong:
         raise MappingError(f"the config is not that of {architecture.name}", details=wrong)
-    facts = {**own, **read_facts(hub, architecture.config)}
+    facts = {**own, **said}
     loose = loose_facts(config_map(spec, architecture)) | loose_facts(architecture.config)
     differ = [
         f"config: {key} is {facts[key]!r}, but the checkpoint's own document says {value!r}"
         for key, value in own.items()
         if key not in loose and value is not None and facts.get(key) != value
     ]
-    return facts, hub, [*differ, *(f"config: {line}" for line in wrong)]
+    return facts, hub, [*notes, *differ, *(f"config: {line}" for line in wrong)]
+
+
+def _hub_facts(
+    document: Mapping[str, Any], architecture: ArchitectureSpec, own: Mapping[str, Any], strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The facts of a config.json, and a note on those that it leaves to its class and the format's document to nobody.
+
+    A guess takes no defaults of a class: with those, the config of any model would do.
+    """
+    if strict:
+        return read_facts(document, architecture.config), []
+    facts, added = hub_facts(document, architecture, [name for name, value in own.items() if value is not None])
+    note = f"config: silent about {', '.join(added)}; taken as its transformers class has it"
+    return facts, [note] if added else []
 
 
 def _dtypes(bound: Bound, opened: Opened, model: LogicalModel) -> tuple[dict[str, frozenset[str]], str]:

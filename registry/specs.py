@@ -7,20 +7,16 @@ and all problems are reported at once, in the spec's own terms.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from registry import expressions
-from registry.dtypes import ITEMSIZE
-from registry.errors import RegistryError
-from registry.layout import Layout, parse
+from registry.encoding import Encoding
 from registry.parallel import DIMENSIONS
-
-#: An axis in a name pattern; `{layer@pp}` counts from the first layer of the stage that stores the tensor.
-AXIS = re.compile(r"\{(\w+)(?:@(\w+))?\}")
+from registry.repeats import Repeat, defined, repeated
+from registry.tensor_rules import AXIS, Expression, Model, Rule, Rules, named_axes
 
 Scalar = bool | int | float | str | None
 
@@ -31,77 +27,6 @@ class Problems(ValueError):
     def __init__(self, found: list[str]) -> None:
         self.found = found
         super().__init__("; ".join(found))
-
-
-class Model(BaseModel):
-    """Base: unknown keys are errors, instances do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _checked_expression(text: Any) -> Any:
-    if isinstance(text, bool | int):
-        text = str(text)
-    if isinstance(text, str):
-        try:
-            expressions.parse(text)
-        except RegistryError as error:
-            raise ValueError(str(error)) from None
-    return text
-
-
-Expression = Annotated[str, BeforeValidator(_checked_expression)]
-
-
-class Rule(Model):
-    """How one stored tensor (or a family of them, one for each value of the axes in its name) is laid out."""
-
-    layout: str = Field(description="the layout string: products and sums of named axes")
-    when: Expression | None = Field(default=None, description="the rule holds only where this is true")
-    names: dict[str, str] = Field(default={}, description="variant choice -> the name under that choice")
-    aliases: list[str] = Field(default=[], description="other names accepted on reading")
-    dtype: str | None = Field(default=None, description="stored in this type whatever the source's")
-    scale: float = Field(default=1.0, description="stored = logical * scale + offset")
-    offset: float = Field(default=0.0, description="stored = logical * scale + offset")
-    codec: str | None = Field(default=None, description="a registered codec that encodes the stored values")
-    pad: dict[str, Expression] = Field(
-        default={}, description="axis -> the multiple that its stored size is rounded up to"
-    )
-    stage: Literal["first", "last"] | None = Field(default=None, description="only this pipeline stage stores it")
-    tied: Expression = Field(default="false", description="written also where its tensor is tied to another")
-    optional: str | None = Field(default=None, description="may be absent from a checkpoint; the reason")
-
-    def problems(self) -> list[str]:
-        """What is wrong with the rule by itself."""
-        try:
-            parsed = parse(self.layout)
-        except RegistryError as error:
-            return [str(error)]
-        axes = {axis for axes in parsed.axes.values() for axis in axes}
-        found = [f"pads axis {axis!r}, which the layout lacks" for axis in self.pad if axis not in axes]
-        found += [
-            f"shards over {dim!r}; the parallel dimensions are {', '.join(DIMENSIONS)}"
-            for dim in parsed.sharded_over()
-            if dim not in DIMENSIONS
-        ]
-        if self.dtype is not None and self.dtype not in ITEMSIZE:
-            found.append(f"unknown dtype {self.dtype!r}")
-        if self.scale == 0:
-            found.append("scale 0 has no inverse")
-        return [f"rule {self.layout!r}: {problem}" for problem in found]
-
-    @property
-    def parsed(self) -> Layout:
-        """The layout, parsed (and remembered: parsing the same text again costs nothing)."""
-        return parse(self.layout)
-
-
-def _as_rules(value: Any) -> Any:
-    items = value if isinstance(value, list) else [value]
-    return [{"layout": item} if isinstance(item, str) else item for item in items]
-
-
-Rules = Annotated[list[Rule], BeforeValidator(_as_rules)]
 
 
 class Ignored(Model):
@@ -150,6 +75,20 @@ class ConfigMap(Model):
     facts: dict[str, FactMap] = Field(default={}, description="fact -> where the document holds it")
     write: dict[str, Expression] = Field(default={}, description="field -> expression over facts, only written")
     constants: dict[str, Any] = Field(default={}, description="field -> literal, only written")
+    neutral: list[str] = Field(
+        default=[], description="globs over fields that do not decide what the model computes: no loss"
+    )
+    usual: dict[str, Any] = Field(
+        default={}, description="field that no fact is read from -> the value it has when absent"
+    )
+    within: str | None = Field(
+        default=None, description="the part of the document that holds the facts' fields, such as text_config"
+    )
+
+    def paths(self, fact: str) -> list[str]:
+        """Where the document may hold a fact, the place that is written first."""
+        fields = self.facts[fact].field
+        return fields if self.within is None else [*(f"{self.within}.{field}" for field in fields), *fields]
 
 
 class Extension(Model):
@@ -159,11 +98,19 @@ class Extension(Model):
     requires: dict[str, Any] = Field(
         default={}, description="document fields that must have this value to be this architecture"
     )
+    options: dict[str, Any] = Field(default={}, description="the format's defaults, where the family has others")
+
+
+class Optional(Model):
+    """A part of a model that checkpoints may lack as a whole: the rules that name it in `optional`."""
+
+    reason: str = Field(description="why it may be absent, for the report")
+    facts: dict[str, Any] = Field(default={}, description="facts that differ in a model without it")
 
 
 def _axes(name: str) -> list[str]:
     """The axes that a name pattern spells."""
-    return [axis for axis, _ in AXIS.findall(name)]
+    return [named.axis for named in named_axes(name)]
 
 
 class Variant(Model):
@@ -172,6 +119,15 @@ class Variant(Model):
     fold: str | None = Field(
         default=None, description="the axis that leaves the names and becomes the leading dimension"
     )
+    begin: dict[str, str] = Field(
+        default={}, description="how names begin -> what stands there instead; the longest that fits holds"
+    )
+    written: bool = Field(default=True, description="false for a spelling that is only read")
+
+    def spell(self, name: str) -> str | None:
+        """The name under this choice, where it begins in one of these ways."""
+        fits = max((begin for begin in self.begin if name.startswith(begin)), key=len, default=None)
+        return None if fits is None else self.begin[fits] + name.removeprefix(fits)
 
 
 class Spec(Model):
@@ -184,6 +140,26 @@ class Spec(Model):
     variants: dict[str, dict[str, Variant]] = Field(
         default={}, description="variant -> choices, the first is written by default"
     )
+
+    define: dict[str, Expression] = Field(
+        default={}, description="name -> a condition or size that `when` and `axes` may use by this name"
+    )
+    repeats: list[Repeat] = Field(default=[], description="rules that hold again for another stack of layers")
+    _given: tuple[str, dict[str, Any]] | None = PrivateAttr(default=None)
+
+    def given(self, data: dict[str, Any]) -> Self:
+        """This spec, remembering the data that it was made of, in which definitions and repeats are not spelled out."""
+        self._given = (self.name, data)
+        return self
+
+    def source(self) -> dict[str, Any] | None:
+        """The data that this very spec was made of, for specs that extend it."""
+        return self._given[1] if self._given is not None and self._given[0] == self.name else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, data: Any) -> Any:
+        return repeated(defined(data))
 
     @model_validator(mode="after")
     def _check(self) -> Spec:
@@ -198,13 +174,15 @@ class Spec(Model):
             for i, rule in enumerate(rules):
                 yield from (f"tensors.{pattern}.{i}: {problem}" for problem in rule.problems())
         for pattern, rule in self.rules():
-            yield from (f"{pattern}: no variant has the choice {c!r}" for c in rule.names if c not in choices)
+            used = [*rule.names, *([rule.choice] if rule.choice else [])]
+            yield from (f"{pattern}: no variant has the choice {c!r}" for c in used if c not in choices)
             axes = sorted(_axes(pattern))
             for name in (pattern, *rule.names.values(), *rule.aliases):
                 if set("{}") & set(AXIS.sub("", name)):
                     yield f"{name}: a brace that names no axis"
                 elif sorted(_axes(name)) != axes:
                     yield f"{pattern}: its other name {name} has other axes"
+        yield from self._clashes()
         for pattern, rule in self.sound():
             for tensor, inner in rule.parsed.axes.items():
                 yield from (
@@ -212,8 +190,21 @@ class Spec(Model):
                     for a in _axes(pattern)
                     if a in inner
                 )
-            twice = {dim for _, dim in AXIS.findall(pattern) if dim} & rule.parsed.sharded_over()
+            twice = {named.shard for named in named_axes(pattern) if named.shard} & rule.parsed.sharded_over()
             yield from (f"{pattern}: {dim!r} shards an axis of the name and of the layout" for dim in sorted(twice))
+
+    def _clashes(self) -> Iterator[str]:
+        """Repeats that repeat nothing, or the same name twice, and definitions of what has a meaning already."""
+        made: dict[str, str] = {}
+        for repeat in self.repeats:
+            names = [name for name in self.tensors if name.startswith(repeat.of)]
+            if not names:
+                yield f"repeats: no name begins with {repeat.of!r}"
+            for name in (n.replace(repeat.of, repeat.to, 1) for n in names if not repeat.leaves(n)):
+                if made.setdefault(name, repeat.of) != repeat.of:
+                    yield f"repeats: {name} comes of {made[name]!r} and of {repeat.of!r}"
+        taken = {*expressions.FUNCTIONS, *expressions.MODEL_FUNCTIONS}
+        yield from (f"define: {name!r} is a function" for name in self.define if name in taken)
 
     def sound(self) -> Iterator[tuple[str, Rule]]:
         """The rules whose layouts can be parsed."""
@@ -235,10 +226,22 @@ class ArchitectureSpec(Spec):
     config: ConfigMap = Field(default=ConfigMap(), description="config.json against the facts")
     tied: list[Tie] = Field(default=[], description="tensors that are another one")
     formats: dict[str, Extension] = Field(default={}, description="what the family adds to a format's config")
+    optional: dict[str, Optional] = Field(default={}, description="parts that checkpoints may lack as a whole")
+    spare: dict[str, str] = Field(
+        default={}, description="logical tensor -> why formats may leave it out; it is zeros where they do"
+    )
+    recognised: bool = Field(
+        default=True, description="false where nothing but its name tells it from a family that is better known"
+    )
 
     def problems(self) -> Iterator[str]:
         """As in `Spec`, and what only an architecture can get wrong."""
         yield from super().problems()
+        yield from (
+            f"{pattern}: {rule.optional!r} is no optional part of this spec"
+            for pattern, rule in self.rules()
+            if rule.optional is not None and rule.optional not in self.optional
+        )
         seen: dict[str, tuple[str, set[str]]] = {}
         for pattern, rule in self.sound():
             for tensor, inner in rule.parsed.axes.items():
@@ -246,28 +249,75 @@ class ArchitectureSpec(Spec):
                 yield from (
                     f"{pattern}: axis {a!r} of {tensor} is not declared" for a in sorted(axes) if a not in self.axes
                 )
+                if rule.replica:
+                    continue
                 first = seen.setdefault(tensor, (pattern, axes))
                 if first[1] != axes:
                     yield f"{pattern}: {tensor} has other axes here than in {first[0]}"
+        yield from self._copies(seen)
+        yield from (f"spare: {name!r} is no tensor of this spec" for name in self.spare if name not in seen)
         for tie in self.tied:
             yield from (
                 f"tied: {name!r} is no tensor of this spec" for name in (tie.tensor, tie.to) if name not in seen
             )
         known = {*self.facts, *self.config.facts}
-        used = [(f"axis {axis}", text) for axis, text in self.axes.items()]
-        used += [(pattern, rule.when) for pattern, rule in self.rules() if rule.when]
-        used += [(f"tied {tie.tensor}", tie.when) for tie in self.tied]
-        for place, text in used:
-            for name in sorted(expressions.parse(text).names - known):
-                yield f"{place}: {name!r} is no fact of this spec"
+        yield from (f"define: {name!r} is a fact of this spec" for name in self.define if name in known)
+        yield from (f"define: {name!r} is an axis of this spec" for name in self.define if name in self.axes)
+        yield from (
+            f"{pattern}: {named.plus!r} is no fact of this spec"
+            for pattern in self.tensors
+            for named in named_axes(pattern)
+            if named.plus is not None and named.plus not in known
+        )
+        yield from (
+            f"optional {part}: {name!r} is no fact of this spec"
+            for part, optional in self.optional.items()
+            for name in optional.facts
+            if name not in known
+        )
+        used = [(f"axis {axis}", text, set(self.axes)) for axis, text in self.axes.items()]
+        used += [(pattern, rule.when, set(_axes(pattern))) for pattern, rule in self.rules() if rule.when]
+        used += [(f"{pattern} offset", rule.offset, set()) for pattern, rule in self.rules()]
+        used += [(f"tied {tie.tensor}", tie.when, set()) for tie in self.tied]
+        for place, text, axes in used:
+            names = expressions.parse(text).names
+            yield from (f"{place}: {name!r} is no fact of this spec" for name in sorted(names - known - axes))
+            if len(names & axes - known) > 1:
+                yield f"{place}: differs along {' and '.join(sorted(names & axes - known))}; one axis is the most"
+        yield from self._differing(seen)
+
+    def _copies(self, seen: dict[str, tuple[str, set[str]]]) -> Iterator[str]:
+        """What is wrong with further copies of tensors; `seen` has every tensor's first name and axes."""
+        for pattern, rule in self.sound():
+            for tensor, inner in rule.parsed.axes.items() if rule.replica else ():
+                if tensor not in seen:
+                    yield f"{pattern}: a copy of {tensor}, which no other rule names"
+                elif lacks := seen[tensor][1] - {*_axes(pattern), *inner}:
+                    yield f"{pattern}: a copy of {tensor} without its axis {sorted(lacks)[0]!r}"
+
+    def _differing(self, seen: dict[str, tuple[str, set[str]]]) -> Iterator[str]:
+        """Tensors of which no rule could say what differs: along an axis that they lack, or along two."""
+        sized = {axis: along for axis, text in self.axes.items() if (along := self.along(text))}
+        everywhere = {*sized.values(), *(along for _, rule in self.rules() if (along := self.along(rule.when)))}
+        for tensor, (pattern, axes) in seen.items():
+            for axis in sorted(axes & set(sized)):
+                if sized[axis] not in axes:
+                    yield f"{pattern}: axis {axis!r} of {tensor} differs along {sized[axis]!r}, which {tensor} lacks"
+            if len(both := sorted(axes & everywhere)) > 1:
+                yield f"{pattern}: {tensor} differs along {' and '.join(both)}; one axis is the most"
+
+    def along(self, text: str | None) -> str | None:
+        """The axis that an expression of this spec differs along, if any: one that it names, and that is no fact."""
+        names = expressions.parse(text).names if text else frozenset()
+        return next((a for a in self.axes if a in names and a not in self.facts and a not in self.config.facts), None)
 
     def logical(self) -> dict[str, tuple[str, ...]]:
-        """Logical tensor -> its axes in canonical order: those of the name, then those of the layout."""
-        return {
-            tensor: (*(axis for axis, _ in AXIS.findall(pattern)), *axes)
-            for pattern, rule in self.rules()
-            for tensor, axes in rule.parsed.axes.items()
-        }
+        """Logical tensor -> its axes in canonical order: those of its first rule's name, then those of the layout."""
+        found: dict[str, tuple[str, ...]] = {}
+        for pattern, rule in self.rules():
+            for tensor, axes in rule.parsed.axes.items() if not rule.replica else ():
+                found.setdefault(tensor, (*_axes(pattern), *axes))
+        return found
 
 
 class Option(Model):
@@ -294,6 +344,9 @@ class FormatSpec(Spec):
     ranked: bool = Field(default=False, description="every rank has files of its own, with names local to its stage")
     parallel: list[str] = Field(default=[], description="the parallel dimensions that the format shards over")
     closed: bool = Field(default=False, description="its readers know only architectures that extend it")
+    extensions_of: str | None = Field(
+        default=None, description="the format whose extensions hold here too, where an architecture gives none for this"
+    )
     replicate: dict[str, list[str]] = Field(
         default={}, description="parallel dimension -> axes repeated when shorter than it"
     )
@@ -302,6 +355,9 @@ class FormatSpec(Spec):
         default={}, description="entries without data that readers expect -> when to write them"
     )
     config: ConfigMap = Field(default=ConfigMap(), description="the format's config document against the facts")
+    encodings: dict[str, Encoding] = Field(
+        default={}, description="ways to store a tensor as several, which are decoded on reading"
+    )
 
     def problems(self) -> Iterator[str]:
         """As in `Spec`, and what only a format can get wrong."""
@@ -310,7 +366,11 @@ class FormatSpec(Spec):
             if dim not in DIMENSIONS:
                 yield f"parallel: unknown dimension {dim!r}"
         for pattern, rule in self.sound():
-            used = rule.parsed.sharded_over() | {dim for _, dim in AXIS.findall(pattern) if dim}
+            if along := set(_axes(pattern)) & expressions.parse(rule.when or "true").names:
+                yield f"{pattern}: {sorted(along)[0]!r} in `when`: only families differ along an axis, ask has()"
+            if rule.shape is not None and self.parallel and not self.ranked:
+                yield f"{pattern}: chunks of a tensor cannot be shown in another shape"
+            used = rule.parsed.sharded_over() | {named.shard for named in named_axes(pattern) if named.shard}
             yield from (
                 f"{pattern}: shards over {d!r}, which `parallel` does not list"
                 for d in sorted(used - set(self.parallel))

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from attrs import define, field, frozen
 
 from registry.dtypes import ITEMSIZE
 from registry.parallel import Parallel
+
+if TYPE_CHECKING:
+    from registry.files import Virtual
 
 
 class Rank(NamedTuple):
@@ -56,7 +59,7 @@ class Opened:
 
     path: Path
     format: str
-    files: list[Path]
+    files: Sequence[Path | Virtual]
     pieces: list[Piece]
     document: dict[str, Any]
     parallel: Parallel | None = None

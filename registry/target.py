@@ -10,15 +10,26 @@ import numpy as np
 from attrs import define, field, frozen
 
 from registry import boxes, expressions
-from registry.bind import Group, Spelling, named_axes, replicated, spellings, template_of, without
 from registry.boxes import Box
 from registry.dtypes import is_float
 from registry.errors import MappingError, ParallelError
-from registry.layout import Axis, Layout, Node, Product, Sum
-from registry.model import LogicalModel, rules_spec
+from registry.groups import (
+    Group,
+    Spelling,
+    coding,
+    holds,
+    replicated,
+    sharded,
+    spellings,
+    template_of,
+    without,
+)
+from registry.layout import Axis, Node, Product, Sum, parse
+from registry.model import Kind, LogicalModel, rules_spec
 from registry.parallel import Parallel, Stage
-from registry.specs import FormatSpec, Rule
+from registry.specs import FormatSpec
 from registry.storage import ObjectSlot, Rank, Slot
+from registry.tensor_rules import Named, Rule, named_axes
 
 
 @define
@@ -42,22 +53,25 @@ class _Writer:
     dtype: str | None
     stages: list[Stage]
     target: Target
-    written: dict[str, str] = field(factory=dict)
+    written: dict[tuple[str, tuple[int, ...]], str] = field(factory=dict)
 
     def spelling(self, pattern: str, rule: Rule) -> Spelling:
         """The spelling that the chosen variants call for."""
         return max(
-            spellings(rules_spec(self.spec, self.model.architecture), pattern, rule),
+            spellings(rules_spec(self.spec, self.model.architecture), pattern, rule, self.model),
             key=lambda s: sum(1 if self.choices.get(variant) == choice else -1 for variant, choice in s.choices),
         )
 
     def places(self, spelling: Spelling, rule: Rule | None) -> Iterator[tuple[Stage, range]]:
         """The stages that store an entry, each with the indices that it holds of the pipeline's axis."""
-        if "pp" in dict(named_axes(spelling.pattern)).values() or any(
+        if sharded(spelling.pattern, "pp") or any(
             isinstance(dim, Axis) and dim.shard == "pp" for dim in spelling.layout.dims
         ):
             for stage in self.stages:
                 yield stage, range(stage.first, stage.first + stage.count)
+        elif rule is not None and rule.stage in ("last", "ends") and self.spec.ranked:
+            for stage in dict.fromkeys([*self.stages[:1][: rule.stage == "ends"], self.stages[-1]]):
+                yield stage, range(0)
         elif rule is not None and rule.stage == "last":
             yield self.stages[-1], range(0)
         elif (rule is not None and rule.stage == "first") or not self.spec.ranked:
@@ -67,17 +81,18 @@ class _Writer:
                 if stage.vpp == 0:
                     yield stage, range(0)
 
-    def shard_ranks(self, names: set[str]) -> Iterator[dict[str, int]]:
-        """One index for each parallel dimension but the pipeline's: all ranks where each has files of its own."""
-        dims = [dim for dim in self.spec.parallel if dim not in ("pp", "vpp")]
-        counts = [self.parallel.size(dim) if self.spec.ranked or dim in names else 1 for dim in dims]
-        for at in itertools.product(*(range(n) for n in counts)):
-            yield dict(zip(dims, at, strict=True))
+    def shard_ranks(self) -> Iterator[dict[str, int]]:
+        """One index for each parallel dimension but the pipeline's, of every rank that has files of its own."""
+        if not self.spec.ranked:
+            yield {}
+            return
+        for at in self.parallel.expert_ranks() if "ep" in self.spec.parallel else self.parallel.tensor_ranks():
+            yield {dim: i for dim, i in at.items() if dim in self.spec.parallel}
 
-    def stored_dtype(self, rule: Rule) -> str:
+    def stored_dtype(self, rule: Rule, kind: Kind) -> str:
         if rule.dtype:
             return rule.dtype
-        found = {self.dtype_of(self.model.home(t)) for t in rule.parsed.tensors if t in self.model.present}
+        found = {self.dtype_of(self.model.home(t)) for t in rule.parsed.tensors if t in kind.present}
         if self.dtype:
             found = {self.dtype if is_float(name) else name for name in found}
         if len(found) > 1:
@@ -90,64 +105,63 @@ class _Writer:
             )
         return found.pop()
 
-    def write(self, pattern: str, rule: Rule) -> None:
-        """Add every slot of one rule."""
+    def write(self, pattern: str, rule: Rule, kind: Kind) -> None:
+        """Add every slot of one rule, at the indices of one kind."""
         spelling = self.spelling(pattern, rule)
-        if spelling.pattern in self.written:
+        if (spelling.pattern, kind.indices) in self.written:
             raise MappingError(
                 f"two rules of {self.spec.name} hold for {spelling.pattern}", where=f"{pattern}: {rule.layout}",
-                expected="one rule for a name", found=self.written[spelling.pattern],
+                expected="one rule for a name", found=self.written[spelling.pattern, kind.indices],
                 hint="give them `when:` conditions",
             )  # fmt: skip
-        self.written[spelling.pattern] = rule.layout
-        sizes = dict(self.model.sizes)
+        self.written[spelling.pattern, kind.indices] = rule.layout
+        sizes = dict(kind.sizes)
         for axis, text in rule.pad.items():
             multiple = expressions.parse(text)(self.env)
             sizes[axis] = -(-sizes[axis] // multiple) * multiple
-        layout = spelling.layout
-        shards = layout.sharded_over() | {dim for _, dim in named_axes(spelling.pattern) if dim}
-        dtype = self.stored_dtype(rule)
-        limits = self.model.sizes if rule.pad else {}
-        box = Box(sizes, self.model.present, {}, replicated(self.spec), limits)
+        dtype = self.stored_dtype(rule, kind)
+        limits = kind.sizes if rule.pad else {}
+        box = Box(sizes, kind.present, {}, replicated(self.spec), limits)
         if not self.spec.ranked:
-            self.chunks(spelling, rule, dtype, box)
+            self.chunks(spelling, rule, dtype, box, kind)
             return
-        for at in self.shard_ranks(shards):
+        for at in self.shard_ranks():
             ranks = {dim: (i, self.parallel.size(dim)) for dim, i in at.items()}
-            own = Box(sizes, self.model.present, ranks, replicated(self.spec), limits)
-            self.add(spelling, rule, dtype, layout, own, at, None, None)
+            own = Box(sizes, kind.present, ranks, replicated(self.spec), limits)
+            self.add(spelling, rule, dtype, own, at, None, None, kind)
 
-    def chunks(self, spelling: Spelling, rule: Rule, dtype: str, box: Box) -> None:
+    def chunks(self, spelling: Spelling, rule: Rule, dtype: str, box: Box, kind: Kind) -> None:
         """Slots of a global tensor: cut where the ranks' shards meet, one layer at a time."""
         layout = spelling.layout
         grid = [list(_grid(dim, box, self.parallel)) for dim in layout.dims]
         whole = boxes.shape(layout, box)
         if not self.spec.parallel:
-            self.add(spelling, rule, dtype, layout, box, {}, None, None)
+            self.add(spelling, rule, dtype, box, {}, None, None, kind)
             return
         for cell in itertools.product(*grid):
             at = {dim: i for _, _, owner in cell for dim, i in owner.items()}
-            self.add(spelling, rule, dtype, layout, box, at, [(o, n) for o, n, _ in cell], whole)
+            self.add(spelling, rule, dtype, box, at, [(o, n) for o, n, _ in cell], whole, kind)
 
     def add(
-        self, spelling: Spelling, rule: Rule, dtype: str, layout: Layout, box: Box, at: Mapping[str, int],
-        piece: list[tuple[int, int]] | None, whole: tuple[int, ...] | None,
+        self, spelling: Spelling, rule: Rule, dtype: str, box: Box, at: Mapping[str, int],
+        piece: list[tuple[int, int]] | None, whole: tuple[int, ...] | None, kind: Kind,
     ) -> None:  # fmt: skip
         """The slots of one cell of one rule, for every index of the axes in its name."""
-        named = named_axes(spelling.pattern)
+        named, layout = named_axes(spelling.pattern), spelling.layout
         folded = [d for d, dim in enumerate(layout.dims) if isinstance(dim, Axis) and dim.shard == "pp"]
         if folded and piece is not None:
             piece = [(0, 1) if d in folded else span for d, span in enumerate(piece)]
-        shape = tuple(n for _, n in piece) if piece is not None else boxes.shape(layout, box)
-        template, _ = template_of(spelling.pattern)
-        axes = [axis for axis, _ in named] + [str(layout.dims[d]).split("@")[0] for d in folded]
+        shown = layout if rule.shape is None else parse(rule.shape)
+        shape = tuple(n for _, n in piece) if piece is not None else boxes.shape(shown, box)
+        template = template_of(spelling.pattern)
+        axes = [n.axis for n in named] + [str(layout.dims[d]).split("@")[0] for d in folded]
         first = len(self.target.slots)
         index: list[tuple[int, ...]] = []
         for stage, layers in self.places(spelling, rule):
-            rank = Rank(tp=at.get("tp", 0), pp=stage.pp, ep=at.get("ep", 0), vpp=stage.vpp)
-            spans = [self.span(axis, dim, at, layers) for axis, dim in named] + [layers for _ in folded]
+            rank = _rank(at, stage)
+            spans = [self.span(n, at, layers, kind) for n in named] + [layers for _ in folded]
             places = list(itertools.product(*spans))
-            names = [template % shown for shown in itertools.product(*self.shown(named, spans))]
+            names = [template % local for local in itertools.product(*self.local(named, spans, at, layers))]
             # an axis that is folded into the tensor is in no name
             names = [name for name in names for _ in range(len(places) // len(names))]
             for values, name in zip(places, names, strict=True):
@@ -158,48 +172,74 @@ class _Writer:
             index += places
         if not index:  # a model without layers
             return
+        own = {a for t in rule.parsed.tensors if t in kind.present for a in self.model.tensors[self.model.home(t)]}
         fragments = boxes.fragments(layout, box, piece=piece)
         columns = np.array(index, dtype=np.int64).reshape(len(index), len(axes))
         self.target.groups.append(
             Group(
-                spelling.pattern, rule, dtype, shape, tuple(without(f, axes) for f in fragments),
-                np.arange(first, len(self.target.slots), dtype=np.int64),
-                {axis: columns[:, k] for k, axis in enumerate(axes)},
+                spelling.pattern, rule.layout, coding(rule, self.env), dtype, shape,
+                tuple(without(f, axes) for f in fragments), np.arange(first, len(self.target.slots), dtype=np.int64),
+                {axis: columns[:, k] for k, axis in enumerate(axes) if not rule.replica or axis in own},
             )
         )  # fmt: skip
 
-    def shown(self, named: Sequence[tuple[str, str | None]], spans: Sequence[range]) -> list[range]:
-        """The indices that names spell: counted from the rank's first where every rank has files of its own."""
-        return [
-            range(len(span)) if self.spec.ranked and dim else span for (_, dim), span in zip(named, spans, strict=False)
-        ]
+    def span(self, named: Named, at: Mapping[str, int], layers: range, kind: Kind) -> list[int]:
+        """The indices of an axis of a name that one rank holds."""
+        held = self.held(named, at, layers)
+        chosen = frozenset(kind.indices)
+        return [i for i in held if named.axis != kind.axis or i in chosen]
 
-    def span(self, axis: str, dim: str | None, at: Mapping[str, int], layers: range) -> range:
-        if dim == "pp":
+    def held(self, named: Named, at: Mapping[str, int], layers: range) -> range:
+        if named.shard == "pp":
             return layers
-        size = self.model.sizes[axis]
-        if dim is None or dim not in at:
+        size = self.model.sizes[named.axis]
+        if named.shard is None or named.shard not in at:
             return range(size)
-        first, count = boxes.interval(size, at[dim], self.parallel.size(dim), f"{axis}@{dim}")
+        first, count = boxes.interval(size, at[named.shard], self.parallel.size(named.shard), str(named.axis))
         return range(first, first + count)
 
-    def write_object(self, pattern: str) -> None:
+    def local(
+        self, named: Sequence[Named], spans: Sequence[Sequence[int]], at: Mapping[str, int], layers: range
+    ) -> list[list[int]]:
+        """The indices that names spell: counted from the rank's first where every rank has files of its own."""
+        shown = []
+        for n, span in zip(named, spans, strict=False):
+            shift = self.env[n.plus] if n.plus else 0
+            if self.spec.ranked and n.shard:
+                shift -= self.held(n, at, layers).start
+            shown.append([i + shift for i in span])
+        return shown
+
+    def write_object(self, pattern: str, when: str) -> None:
         """Add every entry without data of one pattern."""
-        rule = Rule.model_construct(layout="_:", names={}, aliases=[])
+        rule = Rule.model_construct(layout="_:", names={}, aliases=[], shape=None)
         spelling = self.spelling(pattern, rule)
-        template, axes = template_of(spelling.pattern)
-        stage = "last" if not axes and not spelling.layout.dims else None
-        rule = rule.model_copy(update={"stage": stage})
-        for at in self.shard_ranks(set()) if self.spec.ranked else iter([{}]):
-            for place, layers in self.places(spelling, rule):
-                rank = Rank(tp=at.get("tp", 0), pp=place.pp, ep=at.get("ep", 0), vpp=place.vpp)
-                for layer in layers or [0]:
-                    if spelling.layout.dims:
-                        whole = (self.model.sizes[str(spelling.layout.dims[0]).split("@")[0]],)
-                        self.target.objects.append(ObjectSlot(template, rank, (layer,), whole))
-                    else:
-                        shown = (layer - layers.start if self.spec.ranked else layer,) if axes else ()
-                        self.target.objects.append(ObjectSlot(template % shown, rank))
+        named, folded = named_axes(spelling.pattern), [_named(dim) for dim in spelling.layout.dims]
+        template = template_of(spelling.pattern)
+        if "pp" not in {n.shard for n in (*named, *folded)}:
+            rule = rule.model_copy(update={"stage": "last"})
+        for kind in self.model.kinds(pattern) if all(n.axis in self.model.sizes for n in (*named, *folded)) else ():
+            if not expressions.parse(when)(kind.env(self.env)):
+                continue
+            for at in self.shard_ranks():
+                for stage, layers in self.places(spelling, rule):
+                    spans = [self.span(n, at, layers, kind) for n in named]
+                    whole, rank = tuple(self.model.sizes[n.axis] for n in folded), _rank(at, stage)
+                    origins = list(itertools.product(*(self.span(n, at, layers, kind) for n in folded)))
+                    for shown in itertools.product(*self.local(named, spans, at, layers)):
+                        name = template % shown
+                        self.target.objects += [ObjectSlot(name, rank, origin, whole) for origin in origins]
+
+
+def _named(dim: Node) -> Named:
+    """A folded dimension, as the axis of a name that it was."""
+    assert isinstance(dim, Axis)
+    return Named(dim.name, None, dim.shard)
+
+
+def _rank(at: Mapping[str, int], stage: Stage) -> Rank:
+    """Whose file an entry is in; experts' shards lie with the rank that has their tensor-parallel index."""
+    return Rank(at.get("tp", at.get("etp", 0)), stage.pp, at.get("ep", 0), stage.vpp)
 
 
 def _grid(dim: Node, box: Box, parallel: Parallel) -> Iterator[tuple[int, int, dict[str, int]]]:
@@ -245,30 +285,32 @@ def bind_target(
     """
     target = Target()
     rules = list(rules)
-    staged = {axis for pattern, _ in rules for axis, dim in named_axes(pattern) if dim == "pp"} & set(model.sizes)
+    staged = {n.axis for pattern, _ in rules for n in named_axes(pattern) if n.shard == "pp"} & set(model.sizes)
     stages = parallel.stages(model.sizes[staged.pop()]) if staged else [Stage(0, 0, 0, 0)]
-    env = {**model.facts, **parallel.env(), **options}
+    env = {**options, **choices, **model.facts, **parallel.env(), **model.functions}
     writer = _Writer(spec, model, parallel, env, choices, dtype_of, dtype, stages, target)
     problems: list[str] = []
-    housed: set[str] = set()
+    housed: set[tuple[str, tuple[int, ...]]] = set()
     for pattern, rule in rules:
-        tensors = [t for t in rule.parsed.tensors if t in model.present]
-        if not tensors or (rule.when is not None and not expressions.parse(rule.when)(env)):
-            continue
-        if all(t in model.ties for t in tensors) and not expressions.parse(rule.tied)(env):
-            continue
-        housed |= {model.home(t) for t in tensors}
-        try:
-            writer.write(pattern, rule)
-        except ParallelError as error:
-            problems.append(f"{pattern}: {error.problem}: {error.found}")
+        for kind in model.kinds(pattern):
+            tensors = [t for t in rule.parsed.tensors if t in kind.present]
+            if not tensors or rule.optional in model.without or not holds(rule, kind, env, choices):
+                continue
+            if all(t in model.ties for t in tensors) and not expressions.parse(rule.tied)(env):
+                continue
+            housed |= {(model.home(t), kind.indices) for t in tensors}
+            try:
+                writer.write(pattern, rule, kind)
+            except ParallelError as error:
+                problems.append(f"{pattern}: {error.problem}: {error.found}")
     if problems:
         raise ParallelError(
             f"the model does not divide over {parallel}", where=f"format {spec.name}", details=problems,
             hint="choose another parallel layout",
         )  # fmt: skip
     for pattern, when in spec.objects.items():
-        if expressions.parse(when)(env):
-            writer.write_object(pattern)
-    target.homeless = sorted(set(model.tensors) - housed)
+        writer.write_object(pattern, when)
+    target.homeless = sorted(
+        {t for t in model.tensors for kind, _ in model.parts(t) if (t, kind.indices) not in housed and model.volume(t)}
+    )
     return target

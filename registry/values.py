@@ -33,7 +33,7 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values) -> None:
             at = (slice(None),) * axis + (slice(i, i + step),)
             convert(target[at], source[at], values)
         return
-    a, b = values.source_rule, values.target_rule
+    a, b = values.source, values.target
     tensor = _tensor(source if source.flags.writeable else source.copy(), values.source_dtype)
     if a.codec:
         tensor = catalog.codec(a.codec).decode(tensor)

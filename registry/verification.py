@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from attrs import asdict, field, frozen
 
-from registry.bind import Group, collapse, named_axes
 from registry.boxes import Fragment, contiguous
 from registry.checkpoint import stored_names
 from registry.execute import TILE, Assembler, assembler, check_replicas
 from registry.files import SourceFiles
+from registry.groups import Coding, Group
 from registry.planning import make_plan
+from registry.problems import collapse
 from registry.source import Source
-from registry.specs import Rule
 from registry.storage import Rank, Slot, slot_bytes
+from registry.tensor_rules import named_axes
 
 
 @frozen
@@ -71,8 +72,9 @@ def _canonical(source: Source) -> tuple[list[Group], list[Slot]]:
     """A target that holds every logical tensor by itself, one slot for each index of the axes that names spell."""
     model = source.model
     spelled = {
-        tensor: [axis for axis, _ in named_axes(pattern)]
-        for pattern, rule in source.architecture.rules()
+        tensor: [named.axis for named in named_axes(pattern)]
+        for pattern, rule in reversed(list(source.architecture.rules()))
+        if not rule.replica
         for tensor in rule.parsed.tensors
     }
     groups: list[Group] = []
@@ -80,18 +82,18 @@ def _canonical(source: Source) -> tuple[list[Group], list[Slot]]:
     for tensor, axes in model.tensors.items():
         named = spelled[tensor]
         inner = [axis for axis in axes if axis not in named]
-        size = tuple(model.sizes[axis] for axis in inner)
         dtype = source.dtype_of(tensor)
-        fragment = Fragment(tensor, tuple(inner), (0,) * len(inner), size, contiguous(size), 0)
-        columns = list(product(*(range(model.sizes[axis]) for axis in named)))
-        index = np.array(columns, dtype=np.int64).reshape(len(columns), len(named))
-        first = len(slots)
-        slots += [Slot(".".join([tensor, *map(str, column)]), dtype, size, Rank()) for column in columns]
-        rule = Rule.model_construct(scale=1.0, offset=0.0, codec=None)
-        members = np.arange(first, len(slots), dtype=np.int64)
-        groups.append(
-            Group(tensor, rule, dtype, size, (fragment,), members, {a: index[:, k] for k, a in enumerate(named)})
-        )
+        for kind, _ in model.parts(tensor):
+            size = tuple(kind.sizes[axis] for axis in inner)
+            fragment = Fragment(tensor, tuple(inner), (0,) * len(inner), size, contiguous(size), 0)
+            spans = [kind.indices if axis == kind.axis else range(kind.sizes[axis]) for axis in named]
+            columns = list(product(*spans))
+            index = np.array(columns, dtype=np.int64).reshape(len(columns), len(named))
+            first = len(slots)
+            slots += [Slot(".".join([tensor, *map(str, column)]), dtype, size, Rank()) for column in columns]
+            members = np.arange(first, len(slots), dtype=np.int64)
+            columns_of = {a: index[:, k] for k, a in enumerate(named)}
+            groups.append(Group(tensor, tensor, Coding(), dtype, size, (fragment,), members, columns_of))
     return groups, slots
 
 

@@ -81,9 +81,9 @@ def _save_model(folder: Path, name: str, dtype: str, max_shard_size: str) -> Non
 @pytest.fixture(autouse=True)
 def fresh_catalog() -> Iterator[None]:
     """What a test registers is gone when it ends."""
-    from registry import catalog
+    from registry import catalog, encoding
 
-    tables: list[dict[Any, Any]] = [catalog._registered, catalog._containers, catalog._codecs]
+    tables: list[dict[Any, Any]] = [catalog._registered, catalog._containers, catalog._codecs, encoding._codecs]
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):

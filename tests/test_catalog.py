@@ -167,7 +167,7 @@ def test_a_mapping_adds_to_a_rule_that_was_only_a_layout() -> None:
         }
     )
     (norm,) = catalog.architecture("cousin").tensors["model.norm.weight"]
-    assert (norm.layout, norm.offset) == ("final_norm.weight: hidden", 1.0)
+    assert (norm.layout, norm.offset) == ("final_norm.weight: hidden", "1.0")
     (head,) = catalog.architecture("cousin").tensors["lm_head.weight"]
     assert head.layout == "output.weight: hidden vocab"
 
@@ -216,7 +216,7 @@ def test_a_mapping_adds_to_a_rule_of_a_registered_parent() -> None:
         {"kind": "architecture", "name": "child", "extends": "parent", "tensors": {"head": {"offset": 1.0}}}
     )
     (rule,) = catalog.architecture("child").tensors["head"]
-    assert (rule.layout, rule.offset) == ("output: hidden", 1.0)
+    assert (rule.layout, rule.offset) == ("output: hidden", "1.0")
 
 
 @pytest.mark.parametrize("change", [{"default": 4}, {"field": "depth", "default": 4}])

@@ -1,6 +1,9 @@
 """Parallel layouts: every problem at once, and the layers of each pipeline stage as Megatron counts them."""
 
+import itertools
+import math
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -127,3 +130,62 @@ def test_counts_that_do_not_add_up_are_an_error() -> None:
 )
 def test_as_text(parallel: Parallel, text: str) -> None:
     assert str(parallel) == text
+
+
+# Experts: tp x dp for dense layers and etp x ep x dp for experts count the same ranks
+
+
+def megatron_ranks(tp: int, ep: int, etp: int, dp: int) -> list[dict[str, int]]:
+    """The index of every global rank along tp, ep and etp, by the groups that Megatron itself makes of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parallel_state = pytest.importorskip("megatron.core.parallel_state")
+    world = tp * dp
+    dense = parallel_state.RankGenerator(tp=tp, ep=1, dp=dp, pp=1, cp=1, order="tp-cp-ep-dp-pp")
+    experts = parallel_state.RankGenerator(tp=etp, ep=ep, dp=world // (etp * ep), pp=1, cp=1, order="tp-cp-ep-dp-pp")
+    at: list[dict[str, int]] = [{} for _ in range(world)]
+    for name, generator, token in (("tp", dense, "tp"), ("ep", experts, "ep"), ("etp", experts, "tp")):
+        for group in generator.get_ranks(token):
+            for index, rank in enumerate(group):
+                at[rank][name] = index
+    return at
+
+
+SIZES = list(itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 8), (1, 2, 3, 4, 8), (1, 2)))
+
+
+@pytest.mark.parametrize("etp_divides_tp", [True, False])
+def test_ranks_hold_the_experts_that_megatron_gives_them(etp_divides_tp: bool) -> None:
+    """Where two ranks of one (tp, ep) hold different experts, Megatron's files would overwrite each other."""
+    refused = 0
+    for tp, ep, etp, further in SIZES:
+        if (tp % etp == 0) != etp_divides_tp:
+            continue
+        dp = math.lcm(tp, etp * ep) // tp * further
+        files: dict[tuple[int, int], set[int]] = {}
+        for rank in megatron_ranks(tp, ep, etp, dp):
+            files.setdefault((rank["tp"], rank["ep"]), set()).add(rank["etp"])
+        parallel = Parallel(tp=tp, ep=ep, etp=etp, dp=dp)
+        if any(len(held) > 1 for held in files.values()):
+            refused += 1
+            with pytest.raises(ParallelError) as caught:
+                parallel.expert_ranks()
+            assert f"tp {tp}, ep {ep}, etp {etp}" in str(caught.value)
+            continue
+        expected = [{"tp": t, "ep": e, "etp": held.copy().pop()} for (t, e), held in sorted(files.items())]
+        assert parallel.expert_ranks() == expected
+        for at in expected:
+            assert {dim: parallel.index(dim, at["tp"], at["ep"]) for dim in at} == at
+    assert bool(refused) != etp_divides_tp
+
+
+@pytest.mark.parametrize(("tp", "ep", "etp"), [(2, 2, 1), (4, 4, 1), (4, 2, 2), (2, 2, 2), (1, 4, 1), (6, 2, 3)])
+def test_every_shard_of_an_expert_is_in_some_file(tp: int, ep: int, etp: int) -> None:
+    held = {(at["ep"], at["etp"]) for at in Parallel(tp=tp, ep=ep, etp=etp).expert_ranks()}
+    assert held == set(itertools.product(range(ep), range(etp)))
+
+
+def test_the_default_of_etp_is_tp() -> None:
+    assert Parallel(tp=4, ep=2).expert_ranks() == Parallel(tp=4, ep=2, etp=4).expert_ranks()
+    assert [at["etp"] for at in Parallel(tp=4, ep=2).expert_ranks()] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert Parallel(tp=3).tensor_ranks() == [{"tp": 0}, {"tp": 1}, {"tp": 2}]

@@ -1,4 +1,4 @@
-"""Finds the goldens: checkpoints that Megatron's and TensorRT-LLM's own code wrote.
+"""Finds the goldens: checkpoints that Megatron's, Megatron-Bridge's and TensorRT-LLM's own code wrote.
 
 A fresh clone has the small ones, packed in tests/golden (they share most of their bytes, so that packing makes them a
 quarter); they are unpacked beside it at the first use, and checked against MANIFEST.json. All of them are in
@@ -15,7 +15,7 @@ import lzma
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ import pytest
 PACKED = Path(__file__).resolve().parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
-# What a fresh clone needs, by the archive that holds it.
+# What a fresh clone needs, by the archive that holds it: files and directories, or patterns of them.
 CONTENTS = {
     "megatron": [
         *(f"megatron/{family}/hf" for family in ("gpt2", "llama", "qwen2", "qwen3")),
@@ -37,6 +37,11 @@ CONTENTS = {
         *(f"megatron/qwen2/{case}" for case in ("tp2pp2", "tp2pp2_te_torch")),
         *(f"megatron/qwen3/{case}" for case in ("tp2pp2", "tp1pp1_torch")),
         *(f"megatron/gpt2/{case}" for case in ("tp1pp1", "tp2pp2_torch")),
+    ],
+    "families": [
+        *(f"megatron/{family}/*" for family in ("mixtral", "qwen3_moe", "deepseek_v3")),
+        *(f"bridge/*/{part}" for part in ("hf/*.json", "hf/model.safetensors", "megatron.safetensors", "torch_dist")),
+        "bridge/*/tp*/megatron_rank*.safetensors",
     ],
     "trtllm": [
         *(f"trtllm/_inputs/{name}" for name in ("llama_gqa", "llama_gqa_bf16", "llama_tied", "llama31", "mistral")),
@@ -81,6 +86,28 @@ class MegatronCase:
     @property
     def has_optimizer(self) -> bool:
         return self.optimizer is not None
+
+    @property
+    def path(self) -> Path:
+        return golden(self.dir)
+
+
+@dataclass(frozen=True)
+class BridgeCase:
+    """A tiny model of one family, and what Megatron-Bridge made of it. `dir` is a name for `golden`.
+
+    `dir` holds hf/, torch_dist/ without a common state, megatron.safetensors (the state dict at TP1) and, for each of
+    `layouts`, megatron_rank{r}.safetensors of every rank.
+    """
+
+    id: str  # "DeepseekV3ForCausalLM__te"
+    family: str  # a HuggingFace model_type
+    dir: str
+    spec: str  # "local" or "te"
+    layouts: tuple[str, ...]  # "tp2_pp1_ep1"
+
+    def __str__(self) -> str:
+        return self.id
 
     @property
     def path(self) -> Path:
@@ -134,12 +161,28 @@ def megatron_cases() -> tuple[MegatronCase, ...]:
 
 
 @cache
+def bridge_cases() -> tuple[BridgeCase, ...]:
+    """Every Megatron-Bridge golden that this machine has, by id."""
+    entries = [{**entry, "layouts": tuple(entry["layouts"])} for entry in _manifest()["bridge"]]
+    cases = {entry["id"]: BridgeCase(**entry) for entry in entries}
+    if (SHARED / "bridge").exists():
+        cases |= {case.id: case for case in _shared_bridge()}
+    return tuple(cases[key] for key in sorted(cases))
+
+
+@cache
 def trtllm_cases() -> tuple[TrtllmCase, ...]:
     """Every TensorRT-LLM golden that this machine has, by id."""
     cases = {entry["id"]: TrtllmCase(**entry) for entry in _manifest()["trtllm"]}
     if (SHARED / "trtllm" / "INDEX.json").exists():
         cases |= {case.id: case for case in _shared_trtllm()}
     return tuple(cases[key] for key in sorted(cases))
+
+
+def packed(kind: str) -> list[dict[str, Any]]:
+    """The entries of the goldens of one kind ("megatron", "bridge", "trtllm") that lie in this repository."""
+    found: list[dict[str, Any]] = _manifest()[kind]
+    return found
 
 
 @cache
@@ -173,6 +216,18 @@ def _shared_megatron() -> Iterable[MegatronCase]:
             padded_vocab=entry["padded_vocab_size"],
             true_vocab=entry["true_vocab_size"],
             written_by=entry["written_by"],
+        )
+
+
+def _shared_bridge() -> Iterable[BridgeCase]:
+    for config in sorted((SHARED / "bridge").glob("*/hf/config.json")):
+        folder = config.parents[1]
+        yield BridgeCase(
+            id=folder.name,
+            family=_json(config)["model_type"],
+            dir=f"bridge/{folder.name}",
+            spec="te" if folder.name.endswith("__te") else "local",
+            layouts=tuple(sorted(path.parent.name for path in folder.glob("tp*/megatron_rank0.safetensors"))),
         )
 
 
@@ -232,7 +287,7 @@ def _pack() -> None:
         files[archive] = {}
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for path in sorted(path for name in names for path in _files(SHARED / name)):
+            for path in sorted({path for name in names for path in _files(name)}):
                 name, data = path.relative_to(SHARED).as_posix(), path.read_bytes()
                 files[archive][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                 member = tarfile.TarInfo(name)
@@ -241,11 +296,12 @@ def _pack() -> None:
         packed = lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
         (PACKED / f"{archive}.tar.xz").write_bytes(packed)
         print(f"{archive}: {len(files[archive])} files, {len(buffer.getvalue())} bytes, packed {len(packed)}")
-    held = {name for names in CONTENTS.values() for name in names}
+    held = {parent.as_posix() for names in files.values() for name in names for parent in Path(name).parents}
     manifest = {
         "source": "shared/golden of the project, file by file under the same names",
         "megatron": [asdict(case) for case in _shared_megatron() if case.dir in held],
-        "trtllm": [asdict(case) for case in _shared_trtllm() if case.dir.removesuffix("/trtllm") in held],
+        "bridge": [asdict(case) for case in _shared_bridge() if case.dir in held],
+        "trtllm": [asdict(case) for case in _shared_trtllm() if case.dir in held],
         "files": files,
     }
     (PACKED / "MANIFEST.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -253,8 +309,9 @@ def _pack() -> None:
     shutil.rmtree(PACKED / "unpacked", ignore_errors=True)
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+def _files(pattern: str) -> Iterator[Path]:
+    for path in SHARED.glob(pattern):
+        yield from [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

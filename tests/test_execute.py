@@ -18,8 +18,8 @@ from registry import assemble, crc, execute
 from registry.errors import CheckpointError, MappingError, TargetError
 from registry.execute import array
 from registry.planning import Copies, Plan, Values, merge
-from registry.specs import Rule
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Slot, slot_bytes
+from registry.tensor_rules import Rule
 
 RULE = Rule(layout="t: a")
 DTYPES = {1: "uint8", 2: "bfloat16", 4: "float32", 8: "int64", 16: "complex128"}

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,26 +16,29 @@ import torch
 from safetensors.torch import load_file
 
 from tests import megatron_cpu
-from tests.goldens import MegatronCase, golden, megatron_cases, trtllm_cases
-from tests.megatron_cpu import Job, MegatronError
+from tests.goldens import BridgeCase, MegatronCase, bridge_cases, golden, megatron_cases, trtllm_cases
+from tests.megatron_cpu import Job, MegatronError, filled
+from tests.megatron_cpu.families import FAMILIES
+from tests.megatron_cpu.reference import reference_logits
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
 )
 
-# Those that local layers of core 0.16.1 can load: in the torch format, Transformer-Engine's names are others.
+# Megatron 0.20 keeps its common state elsewhere.
 LOADABLE = [
     case
     for case in megatron_cases()
-    if case.family in ("llama", "qwen2", "qwen3", "gpt2")
-    and not case.id.endswith("_mcore020")
-    and (case.format == "torch_dist" or case.spec == "local")
+    if not case.id.endswith("_mcore020")
     and not (case.trained and case.dtype == "bfloat16")  # their reference logits were computed in bfloat16
 ]
 BEYOND_MODEL = ("rng_state", "optimizer")
 TE_ONLY = (
     "decoder.final_layernorm._extra_state"  # what a checkpoint of Transformer-Engine layers has and local layers lack
 )
+# Latent attention runs with Transformer-Engine's layers only in this Megatron, and that golden has local ones.
+LOCAL_LATENT = "deepseek_v2"
+BRIDGE = [case for case in bridge_cases() if case.family in FAMILIES and case.family != LOCAL_LATENT]
 
 
 VARIANTS = ["reshard", "uneven stages", "an empty stage", "iteration folder", "assume ok"]
@@ -77,9 +82,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, to
         case.id: Job(
             case.path,
             golden(case.hf),
-            **{axis: case.layout[axis] for axis in ("tp", "pp", "vpp")},
+            **{axis: case.layout.get(axis, 1) for axis in ("tp", "pp", "vpp", "ep", "etp")},
             format=case.format,
-            ignore=(*BEYOND_MODEL, TE_ONLY),
+            engine=case.spec == "te",
+            grouped=case.grouped_gemm,
+            ignore=BEYOND_MODEL,
         )
         for case in LOADABLE
     }
@@ -97,13 +104,7 @@ def reference(case: MegatronCase) -> torch.Tensor:
         stored = load_file(golden(case.reference))
         assert torch.equal(stored["input_ids"], input_ids())
         return stored["logits"]
-    import transformers  # the stored ones are of the float32 weights
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(golden(case.hf), dtype=torch.float32)
-    with torch.inference_mode():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-        return model(input_ids()).logits
+    return reference_logits(golden(case.hf), input_ids(), rounded=torch.bfloat16)
 
 
 @needs_megatron
@@ -112,6 +113,60 @@ def test_megatron_gives_the_reference_logits(case, results):
     _, logits = results[case.id]
     assert isinstance(logits, torch.Tensor), logits
     torch.testing.assert_close(logits, reference(case), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bridge_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor | MegatronError]:
+    """Each at one rank and at two, which divide the same global tensors."""
+    root, jobs = tmp_path_factory.mktemp("bridge"), {}
+    for case in BRIDGE:
+        folder = root / case.id
+        shutil.copytree(case.path / "torch_dist", folder)
+        torch.save({}, folder / "common.pt")  # this Megatron wants the common state in a file
+        job = Job(folder, case.path / "hf", lenient=True, ignore=("common_state",))
+        job = replace(job, engine=case.spec == "te" or FAMILIES[case.family].engine, etp=1)
+        jobs |= {case.id: job, f"{case.id} tp2": replace(job, tp=2)}
+    return dict(zip(jobs, megatron_cpu.run(list(jobs.values()), bridge_ids()), strict=True))
+
+
+def bridge_ids() -> torch.Tensor:
+    return torch.arange(2 * 24).reshape(2, 24).mul(7).remainder(96)
+
+
+@needs_megatron
+@pytest.mark.parametrize("case", BRIDGE, ids=str)
+def test_megatron_computes_the_bridge_goldens_as_transformers_does(case: BridgeCase, bridge_results):
+    # HuggingFace's Nemotron-H keeps time steps from getting too short, which Megatron does not.
+    fields = {"time_step_min": 0.0} if case.family == "nemotron_h" else {}
+    expected = reference_logits(case.path / "hf", bridge_ids(), **fields)
+    for name in (case.id, f"{case.id} tp2"):
+        found = bridge_results[name]
+        assert isinstance(found, torch.Tensor), found
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@needs_megatron
+@pytest.mark.parametrize("name", ["megatron_bert", "t5", "t5_gated"])
+def test_encoders_compute_what_transformers_does(name: str, tmp_path: Path):
+    import transformers
+
+    t5 = name.startswith("t5")
+    if t5:
+        gated = {"feed_forward_proj": "gated-gelu"} if name == "t5_gated" else {}
+        sizes = {"d_model": 56, "d_kv": 12, "d_ff": 88, "num_layers": 3, "num_heads": 6, **gated}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=96, **sizes))
+    else:
+        sizes = {"hidden_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 88}
+        model = transformers.MegatronBertForPreTraining(transformers.MegatronBertConfig(vocab_size=96, **sizes))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "mp_rank_00").mkdir()
+    state = (filled.t5 if t5 else filled.megatron_bert)(model.state_dict(), layers=3, heads=6)
+    torch.save({"model": state}, tmp_path / "mp_rank_00/model_optim_rng.pt")
+    found = megatron_cpu.logits(tmp_path, tmp_path, bridge_ids(), format="torch", engine=t5, lenient=True)
+    torch.testing.assert_close(found, reference_logits(tmp_path, bridge_ids()), rtol=0, atol=1e-5)
 
 
 @needs_megatron
@@ -181,5 +236,8 @@ def test_packed_goldens_are_complete():
         for case in chosen:
             for name in (case.dir, case.input if kind == "trtllm" else case.hf):
                 assert "unpacked" in golden(name).parts and golden(name).is_dir()
+    assert len(manifest["bridge"]) == len(bridge_cases()) > 10
+    for case in bridge_cases():
+        assert "unpacked" in case.path.parts and (case.path / "torch_dist/.metadata").is_file()
     assert (golden("megatron/llama/tp1pp1/iter_0000010") / ".metadata").is_file()
     assert {case.optimizer for case in megatron_cases()} > {None}

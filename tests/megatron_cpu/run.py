@@ -18,40 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessException, start_processes
-from torch.overrides import TorchFunctionMode
 
 from tests.megatron_cpu import Job
-
-
-class CudaMeansCpu(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        return func(*args, **kwargs)
-
-
-def import_megatron() -> None:
-    """Imports megatron-core unmodified, with those `torch.cuda` calls replaced that it makes unconditionally."""
-    quiet = {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    os.environ.update(quiet, **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}))
-    torch.set_num_threads(1)
-    cuda: Any = torch.cuda
-    state = torch.zeros(16, dtype=torch.uint8)  # opaque to Megatron, and nothing here draws from it
-    cuda.get_rng_state = lambda *_: state
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.synchronize = lambda *_: None
-    cuda.manual_seed = lambda *_: None
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]
-    import megatron.core.tensor_parallel.random as random
-
-    random._get_cuda_rng_state = lambda *_, **__: state
-    random._set_cuda_rng_state = lambda *_, **__: None
-    import tests.megatron_cpu.model  # noqa: F401
+from tests.megatron_cpu.cpu import import_megatron
 
 
 def main() -> int:
@@ -69,7 +40,9 @@ def main() -> int:
         parser.error("give --jobs, or --checkpoint, --hf, --input and --out")
     jobs = [Job(**fields) for fields in (json.loads(file.read_text()) if file else [options])]
     die_with_parent(signal.SIGKILL)
-    import_megatron()  # before the ranks, so that they inherit it
+    engines = {job.engine for job in jobs}
+    assert len(engines) == 1, "jobs with and without Transformer-Engine need a launcher each"
+    import_megatron(engines.pop())  # before the ranks, so that they inherit it
     errors = [run_job(job, timeout) for job in jobs]
     report.write_text(json.dumps(errors))
     for job, error in zip(jobs, errors, strict=True):
@@ -79,10 +52,12 @@ def main() -> int:
 
 def run_job(job: Job, timeout: float) -> str | None:
     """Returns what went wrong, or None."""
+    from tests.megatron_cpu.model import world_size
+
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="megatron-cpu-") as scratch:
         start: Any = start_processes
-        ranks = start(_rank, (job, f"{scratch}/store", os.getpid()), job.tp * job.pp, join=False, start_method="fork")
+        ranks = start(_rank, (job, f"{scratch}/store", os.getpid()), world_size(job), join=False, start_method="fork")
         try:
             while not ranks.join(max(0, deadline - time.monotonic())):
                 if time.monotonic() > deadline:

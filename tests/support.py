@@ -30,7 +30,7 @@ what else there is:
 
 | mark | proof |
 | --- | --- |
-| core | megatron-core 0.16.1, on CPU, loads what we write strictly and gives transformers' logits |
+| core | megatron-core 0.16.1 loads what we write, strictly; logits as transformers' (Llama-Nemotron: as its parts') |
 | golden | what Megatron's or TensorRT-LLM's own program wrote becomes the model it was made of; ours equals it |
 | bridge | the same with tensors that Megatron-Bridge made |
 | transformers | transformers loads what we write and computes the same, and its own class wrote the model |

@@ -1,4 +1,7 @@
-"""megatron-core itself loads what we write, strictly, and computes what transformers computes of the source."""
+"""megatron-core itself loads what we write, strictly, and computes what transformers computes of the source.
+
+Of nemotron-nas, which transformers has no class for: what its Llama computes, put together as the config says.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ import torch
 import registry
 from tests import megatron_cpu
 from tests.conftest import HF_MODELS
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, build, load, save
+from tests.hub_layouts import random_like
 from tests.megatron_cpu import Job
 from tests.megatron_cpu.reference import reference_logits
 
@@ -31,12 +35,30 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)  # of the model's config, where Megatron has no choice
+    edit: Callable[[Path], None] | None = None  # changes the model's directory
     mtp: int = 0
     tolerance: float = 1e-5
 
     def __str__(self) -> str:
         where = " ".join(f"{k}{v}" for k, v in self.parallel.items())
-        return f"{self.model} {self.format} {where}".strip() + "".join(f" {v}" for v in self.options.values())
+        changes = [*self.options.values(), *([self.edit.__name__] if self.edit else [])]
+        return f"{self.model} {self.format} {where}".strip() + "".join(f" {change}" for change in changes)
+
+
+def with_linear_parts(folder: Path) -> None:
+    """Gives a DeciLM one matrix where layer 1 has no attention and one where layer 2 has no MLP."""
+    tensors, config = load(folder)
+    hidden, like = config["hidden_size"], tensors["lm_head.weight"]
+    for i, part, norm, matrix in (
+        (1, "attention", "input_layernorm", "self_attn.linear_attn"),
+        (2, "ffn", "post_attention_layernorm", "mlp.linear_mlp"),
+    ):
+        assert config["block_configs"][i][part]["no_op"]
+        config["block_configs"][i][part] |= {"no_op": False, "replace_with_linear": True}
+        for name, shape in ((norm, (hidden,)), (matrix, (hidden, hidden))):
+            key = f"model.layers.{i}.{name}.weight"
+            tensors[key] = random_like(like.new_empty(shape), key)
+    save(folder, tensors, config)
 
 
 MEGATRON, LEGACY = "megatron", "megatron-legacy"
@@ -61,29 +83,45 @@ DENSE = [
     Case("qwen2", LEGACY, {"tp": 4}),
     Case("qwen3", LEGACY),
     Case("gpt2", LEGACY, {"tp": 2}),
+    Case("mistral", LEGACY, {"tp": 2, "pp": 2}),
 ]
 ENGINE = {"transformer_impl": "transformer_engine"}
 SMALL_EPSILON = {"rms_norm_eps": 1e-6}  # that HuggingFace's latent norms have in any case
 # HuggingFace keeps time steps from getting shorter, and Megatron has one epsilon for the norm behind the gate.
 AS_MEGATRON = {"time_step_min": 1e-30, "layer_norm_epsilon": 1e-5}
 ONE_GROUP = {"n_groups": 1, "layer_norm_epsilon": 1e-5}  # HuggingFace's gated norm knows no groups, Megatron's no other
+ONE_RESIDUAL = {"residual_multiplier": 1.0}  # Megatron has no such multiplier
+DENSE_THIRD = {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}  # which no count of dense layers says
 NOISE = 3e-5  # the delta rule's float32 results are off by 1e-5 in transformers too, of those in float64
 MORE = [
     Case("llama3", MEGATRON, {"tp": 2}, ENGINE),
     Case("qwen3", LEGACY, {"tp": 2, "pp": 2}, ENGINE),
     # dense variants
     Case("phi3", MEGATRON, {"tp": 2}),
+    Case("phi3", LEGACY, {"tp": 2, "pp": 2}),
+    Case("seed_oss", MEGATRON, {"pp": 2}),
     Case("seed_oss", LEGACY, {"tp": 2}),
     Case("smollm3", MEGATRON, {"tp": 2, "pp": 2}),
+    Case("smollm3", LEGACY, {"tp": 2, "pp": 2}),
     Case("granite_tied", MEGATRON, {"tp": 2}),
+    Case("granite", LEGACY, {"tp": 2, "pp": 2}, fields=ONE_RESIDUAL),
     Case("starcoder2", LEGACY, {"tp": 2, "pp": 2}),
     Case("starcoder2_tied", MEGATRON, {"tp": 2}),
     Case("stablelm", MEGATRON, {"tp": 2}),
+    Case("stablelm", LEGACY, {"tp": 2}),
     Case("glm", MEGATRON, {"tp": 2}),
+    Case("glm", LEGACY, {"tp": 2}),
     Case("gemma", MEGATRON, {"tp": 2, "pp": 2}, ENGINE),
     Case("gemma", LEGACY, {"tp": 2}, ENGINE),
     Case("nemotron", MEGATRON, {"tp": 2}, ENGINE),
     Case("nemotron", LEGACY, {"pp": 2}, ENGINE),
+    # layers of different parts
+    Case("nemotron_nas", MEGATRON, {"tp": 2}),
+    Case("nemotron_nas", LEGACY, {"tp": 2}, ENGINE),
+    Case("nemotron_nas", MEGATRON, edit=with_linear_parts),
+    Case("nemotron_nas", MEGATRON, {"tp": 2, "pp": 2}, ENGINE, edit=with_linear_parts),
+    Case("nemotron_nas", LEGACY, {"tp": 2, "pp": 2}, edit=with_linear_parts),
+    Case("nemotron_nas", LEGACY, {"pp": [3, 1]}, ENGINE, edit=with_linear_parts),
     # mixtures of experts
     Case("mixtral", MEGATRON),
     Case("mixtral", MEGATRON, {"tp": 2, "ep": 2}),
@@ -99,6 +137,7 @@ MORE = [
     Case("qwen3_moe_mixed", MEGATRON, {"tp": 2, "ep": 2}),
     Case("qwen3_moe_mixed", LEGACY, {"pp": 2, "ep": 2}),
     Case("granitemoe", MEGATRON, {"ep": 2}),
+    Case("granitemoe", LEGACY, {"tp": 2, "ep": 2}),
     Case("glm4_moe", MEGATRON, {"tp": 2, "ep": 2}),
     Case("glm4_moe", LEGACY, {"tp": 2}, ENGINE),
     Case("glm4_moe_hub", MEGATRON, {"tp": 2, "pp": 2}, mtp=1),
@@ -111,12 +150,18 @@ MORE = [
     Case("deepseek_v3", LEGACY, {"tp": 2, "ep": 2}, ENGINE, SMALL_EPSILON),
     Case("deepseek_v3_hub", MEGATRON, {"tp": 2}, ENGINE, SMALL_EPSILON, mtp=1),
     Case("deepseek_v3_hub", LEGACY, {"pp": 2}, ENGINE, SMALL_EPSILON, mtp=1),
+    Case("kimi_k2", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, SMALL_EPSILON),
+    Case("kimi_k2", LEGACY, {"tp": 2, "pp": 2}, ENGINE, SMALL_EPSILON),
+    Case("glm4_moe_lite", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, {**SMALL_EPSILON, **DENSE_THIRD}),
+    Case("glm4_moe_lite", LEGACY, {"pp": 2}, ENGINE, {**SMALL_EPSILON, **DENSE_THIRD}),
+    Case("glm4_moe_lite_hub", MEGATRON, {"tp": 2}, ENGINE, SMALL_EPSILON, mtp=1),
     # linear attention and state spaces
     Case("qwen3_next", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, tolerance=NOISE),
     Case("qwen3_next", LEGACY, {"tp": 2, "pp": 2}, ENGINE, tolerance=NOISE),
     Case("qwen3_5_text", MEGATRON, {"tp": 2}, ENGINE, tolerance=NOISE),
     Case("qwen3_5_text", LEGACY, {"tp": 2}, ENGINE, tolerance=NOISE),
     Case("qwen3_5_moe_text", MEGATRON, {"tp": 2, "pp": 2}, ENGINE, tolerance=NOISE),
+    Case("qwen3_5_moe_text", LEGACY, {"tp": 2, "pp": 2}, ENGINE, tolerance=NOISE),
     Case("mamba2", MEGATRON, {}, ENGINE, ONE_GROUP),
     Case("mamba2_tied", LEGACY, {"pp": 2}, ENGINE, ONE_GROUP),
     Case("nemotron_h", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, AS_MEGATRON),
@@ -133,12 +178,14 @@ def source(tmp_path_factory: pytest.TempPathFactory, hf_model: Callable[..., Pat
     def make(case: Case) -> Path:
         if case.model in HF_MODELS:
             return hf_model(case.model)
-        key = json.dumps([case.model, case.fields])
+        key = json.dumps([case.model, case.fields, getattr(case.edit, "__name__", None)])
         if key not in made:
             family = FAMILIES[case.model]
             with pytest.MonkeyPatch.context() as patch:
                 patch.setitem(FAMILIES, case.model, replace(family, config={**family.config, **case.fields}))
                 made[key] = build(case.model, "float32", tmp_path_factory.mktemp(case.model) / "hf")
+            if case.edit:
+                case.edit(made[key])
         return made[key]
 
     return make

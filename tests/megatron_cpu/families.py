@@ -5,6 +5,7 @@ a function, and is itself otherwise. What Megatron cannot compute is required to
 """
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -317,6 +318,9 @@ FAMILIES = {
     "gemma": replace(
         LLAMA.but(**ZERO_CENTERED), engine=True, scale={"embedding": lambda hf: hf.hidden_size**0.5}
     ),
+    "nemotron-nas": LLAMA.but(
+        heterogeneous_layers_config_encoded_json=lambda hf: json.dumps({"block_configs": hf.block_configs})
+    ),
     "nemotron": replace(LLAMA.but(**LAYER_NORM, **ZERO_CENTERED), engine=True),
     "starcoder2": LLAMA.but(**LAYER_NORM, add_bias_linear=flag("use_bias")),
     "stablelm": LLAMA.but(
@@ -338,6 +342,8 @@ FAMILIES = {
         neutral={"topk_method": "greedy", "norm_topk_prob": False},
     ),
     "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": DEEPSEEK_V3,
+    "glm4_moe_lite": DEEPSEEK_V3.but(moe_layer_freq=moe_layers(lambda hf, layer: hf.mlp_layer_types[layer] == "dense")),
     "gpt_oss": GPT_OSS,
     "qwen3_next": replace(QWEN_MOE.but(**SHARED_GATE, **DELTA_NET), engine=True),
     "qwen3_5_text": replace(LLAMA.but(**DELTA_NET), engine=True),

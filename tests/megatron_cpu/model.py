@@ -17,8 +17,10 @@ from megatron.core.models.gpt.experimental_attention_variant_module_specs import
     get_transformer_block_with_experimental_attention_variant_spec,
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,6 +31,11 @@ from tests.megatron_cpu.families import FAMILIES, Config
 EMBEDDING = "embedding.word_embeddings.weight"
 FUSIONS = ("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion", "apply_rope_fusion")
 OFF = (*FUSIONS, "gradient_accumulation_fusion", "persist_layer_norm")
+#: The config's class, by the argument that asks for it.
+CONFIGS = {
+    "multi_latent_attention": MLATransformerConfig,
+    "heterogeneous_layers_config_encoded_json": HeterogeneousTransformerConfig,
+}
 
 
 def world_size(job: Job) -> int:
@@ -41,7 +48,7 @@ def configured(job: Job, arguments: dict[str, Any]) -> TransformerConfig:
     if layout := [["decoder"] * count for count in job.stages]:
         layout[0].insert(0, "embedding")
         layout[-1].append("loss")
-    kind = MLATransformerConfig if arguments.get("multi_latent_attention") else TransformerConfig
+    kind = next((kind for name, kind in CONFIGS.items() if arguments.get(name)), TransformerConfig)
     known = {field.name for field in dataclasses.fields(kind)}
     config = kind(
         **{name: value for name, value in arguments.items() if name in known},
@@ -67,6 +74,8 @@ def configured(job: Job, arguments: dict[str, Any]) -> TransformerConfig:
 def gpt(job: Job, config: TransformerConfig, stage: int | None, **arguments: Any) -> GPTModel:
     if config.experimental_attention_variant:
         spec = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=stage)
+    elif config.heterogeneous_block_specs:
+        spec = get_gpt_heterogeneous_layer_spec(config, job.engine, vp_stage=stage)
     else:
         spec = get_gpt_decoder_block_spec(config, job.engine, normalization=config.normalization, vp_stage=stage)
     if job.mtp and parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage):

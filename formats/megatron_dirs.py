@@ -15,10 +15,13 @@ from registry.errors import CheckpointError
 from registry.parallel import Parallel
 from registry.storage import Request
 
+from . import plain as plain_data
+from . import torchzip
 from .pickles import Global, attributes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINT_VERSION = 3.0
+_SMALL = 1 << 16
 _ITERATION = re.compile(r"iter_(\d{7,})|release")
 _NAMESPACE = Global("argparse", "Namespace")
 
@@ -129,11 +132,45 @@ def common_state(request: Request) -> dict[str, Any]:
         "args": _NAMESPACE.new(state=document),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": request.iteration or 0,
+        **(_carried(request) if request.states else {}),
+        **plain_data.nodes(dict(request.common)),
     }
+
+
+#: What of the common state belongs to the optimizer and its schedule.
+_TRAINING = ("optimizer", "opt_param_scheduler", "num_floating_point_operations_so_far")
+
+
+def training(common: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """What a common state says of the optimizer, with its tensors read. Raises CheckpointError."""
+    return {key: plain(common[key], where) for key in _TRAINING if key in common}
+
+
+def plain(value: Any, where: Path) -> Any:
+    """A graph with the (small) tensors in it read into memory."""
+    if isinstance(value, torchzip.TensorRef):
+        if value.nbytes > _SMALL or not value.is_contiguous:
+            raise CheckpointError(
+                "a large tensor in the common state", where=where, expected=f"at most {_SMALL} bytes",
+                found=f"{value.dtype} {value.shape}", hint="convert without it: options={'optimizer': 'none'}",
+            )  # fmt: skip
+        with where.open("rb") as file:
+            file.seek(value.offset)
+            return torchzip.NewTensor(value.dtype, value.shape, file.read(value.nbytes))
+    if isinstance(value, dict):
+        return {key: plain(inner, where) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(inner, where) for inner in value)
+    return value
+
+
+def _carried(request: Request) -> dict[str, Any]:
+    carried: dict[str, Any] = request.source.state.get("training") or {}
+    return carried
 
 
 def _pickled(value: Any) -> Any:
     """Names of torch dtypes as the dtypes themselves."""
     if isinstance(value, str) and value.startswith("torch.") and value.removeprefix("torch.") in ITEMSIZE:
         return Global("torch", value.removeprefix("torch."))
-    return value
+    return plain_data.nodes(value)

@@ -7,16 +7,19 @@ Source: torch/distributed/checkpoint/{metadata,filesystem}.py, megatron/core/dis
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
-from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Request, Slot
+from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Rank, Request, Slot
 
-from . import documents, megatron_dirs, torchzip
+from . import documents, megatron_dirs, plain, torchzip
+from .chunks import unflatten, whole_numbers
 from .pickles import Call, Global, Size, attr, brief, dumps, loads
 
 METADATA = ".metadata"
@@ -62,12 +65,16 @@ class Container:
             )  # fmt: skip
         items = _items(path, stored)
         pieces, entries = _pieces(path, tensors, items)
-        state = _state(path, items)
-        arguments = megatron_dirs.arguments(state)
+        unflatten(path / METADATA, pieces, attr(metadata, "mcore_data", None))
+        common = _state(path, items)
+        carried = [name for name in entries if _KEPT.fullmatch(name)]
+        arguments = megatron_dirs.arguments(common)
         opened = Opened(
             path, spec_name, [path / name for name in items.files], pieces, arguments,
-            parallel=megatron_dirs.parallel(arguments), iteration=megatron_dirs.iteration(path, state), entries=entries,
+            parallel=megatron_dirs.parallel(arguments), iteration=megatron_dirs.iteration(path, common),
+            entries=entries, state={"training": _training(path, items, common), "carried": carried},
         )  # fmt: skip
+        opened.training = partial(_beside, path, items, common)
         documents.read_carried(opened)
         return opened
 
@@ -79,7 +86,7 @@ class Container:
         small |= megatron_dirs.tracker(request)
         small[f"{root}/{METADATA}"] = writer.metadata
         state = megatron_dirs.common_state(request) | {"content_metadata": {"singleton_local_shards": False}}
-        small[f"{root}/{COMMON}"] = _blob(torchzip.layout(state, prefix="common"))
+        small[f"{root}/{COMMON}"] = torchzip.whole(torchzip.layout(state, prefix="common"))
         small[f"{root}/metadata.json"] = (
             b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1,'
             b' "common_backend": "torch", "common_backend_version": 1}'
@@ -95,12 +102,6 @@ class _Items:
         self.where: dict[tuple[str, tuple[int, ...] | None], tuple[int, int, int]] = {}
 
 
-def _whole_numbers(values: object) -> tuple[int, ...] | None:
-    if isinstance(values, tuple | list) and all(type(n) is int and 0 <= n < 1 << 62 for n in values):
-        return tuple(values)
-    return None
-
-
 def _items(path: Path, stored: dict[Any, Any]) -> _Items:
     items = _Items()
     index: dict[str, int] = {}
@@ -108,8 +109,8 @@ def _items(path: Path, stored: dict[Any, Any]) -> _Items:
     for key, info in stored.items():
         name, at = attr(key, "fqn"), attr(key, "offset", None)
         file = attr(info, "relative_path")
-        span = _whole_numbers((attr(info, "offset"), attr(info, "length")))
-        origin = None if at is None else _whole_numbers(at)
+        span = whole_numbers((attr(info, "offset"), attr(info, "length")))
+        origin = None if at is None else whole_numbers(at)
         if not isinstance(name, str) or span is None or (at is not None and origin is None):
             raise CheckpointError(
                 "bad entry in the metadata", where=path / METADATA, expected="a name, an offset and a length",
@@ -154,9 +155,9 @@ def _pieces(path: Path, tensors: dict[Any, Any], items: _Items) -> tuple[list[Pi
             if not isinstance(stored, Call) or stored.func.name != "TensorStorageMetadata":
                 entries.append(str(name))
                 continue
-            size = _whole_numbers(attr(stored, "size"))
+            size = whole_numbers(attr(stored, "size"))
             for chunk in attr(stored, "chunks"):
-                origin, shape = _whole_numbers(attr(chunk, "offsets")), _whole_numbers(attr(chunk, "sizes"))
+                origin, shape = whole_numbers(attr(chunk, "offsets")), whole_numbers(attr(chunk, "sizes"))
                 if size is None or origin is None or shape is None or not len(size) == len(origin) == len(shape):
                     raise CheckpointError(
                         "bad chunk in the metadata", where=path / METADATA,
@@ -217,11 +218,50 @@ def _state(path: Path, items: _Items) -> dict[str, Any]:
     return common
 
 
-def _blob(skeleton: torchzip.Skeleton) -> bytes:
-    data = bytearray(skeleton.size)
-    for offset, literal in skeleton.literals:
-        data[offset : offset + len(literal)] = literal
-    return bytes(data)
+#: What a distributed optimizer keeps beside its flat buffers, of the first model-parallel rank of each chain.
+_KEPT = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.[a-z_]+/shard_[\d._]+")
+_GROUPS = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
+
+
+def _training(path: Path, items: _Items, common: dict[str, Any]) -> dict[str, Any]:
+    """What the common state says of optimizer and schedule, and what the flat form keeps of it as objects."""
+    found = megatron_dirs.training(common, path / COMMON)
+    chains: dict[int, dict[str, Any]] = defaultdict(dict)
+    for name, origin in items.where:
+        if origin is None and (match := _GROUPS.fullmatch(name)):
+            file, offset, length = items.where[name, None]
+            where = str(path / items.files[file])
+            loaded = torchzip.read(where, base=offset, length=length, where=where).load()
+            inner = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
+            chains[int(match[1] or 0)][match[2]] = megatron_dirs.plain(inner, Path(where))
+    if chains:
+        own = {n: {**state, "param_state_sharding_type": "fully_reshardable"} for n, state in sorted(chains.items())}
+        found["optimizer"] = own[0] if len(own) == 1 else own
+    return found
+
+
+_RANDOM = re.compile(r"rng_state/shard_(\d+)\.(\d+)(?:\.(\d+))?_\d+\.\d+(?:\.\d+)?")
+
+
+def _beside(path: Path, items: _Items, common: dict[str, Any], rank: Rank | None) -> dict[str, Any]:
+    """The common state, and of a rank its random states: a list of one for each data-parallel rank, or of one for all.
+
+    The axes of `rng_state` are pipeline and tensor rank; with experts, 0.16 has the data-parallel rank as a third.
+    """
+    found: dict[str, Any] = plain.plain(common, path / COMMON)
+    states: dict[int, Any] = {}
+    for name, origin in items.where:
+        match = _RANDOM.fullmatch(name) if origin is None and rank is not None else None
+        if match and rank is not None and (int(match[1]), int(match[2])) == (rank.pp, rank.tp):
+            file, offset, length = items.where[name, None]
+            where = str(path / items.files[file])
+            loaded = torchzip.read(where, base=offset, length=length, where=where).load()
+            inner = plain.plain(loaded, Path(where))
+            states[int(match[3] or 0)] = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
+    if states:
+        rows = [state if isinstance(state, list) else [state] for _, state in sorted(states.items())]
+        found["rng_state"] = [one for row in rows for one in row]
+    return found
 
 
 class _Writer:
@@ -236,7 +276,7 @@ class _Writer:
         self.items: list[tuple[Slot | ObjectSlot, str, int, int]] = []
         self.bases = [0] * len(request.slots)
         engine = request.options.get("transformer_impl") == "transformer_engine"
-        self.empty = _blob(torchzip.layout([torchzip.NewTensor("uint8", (0,)) if engine else None]))
+        self.empty = torchzip.whole(torchzip.layout([torchzip.NewTensor("uint8", (0,)) if engine else None]))
         by_rank: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         things: tuple[Sequence[ObjectSlot | Slot], ...] = (request.objects, request.slots)
         p = request.parallel
@@ -252,9 +292,13 @@ class _Writer:
         literals: list[tuple[int, bytes]] = []
         name = Path(path).name
         for i in objects:
-            literals.append((cursor, self.empty))
-            self.items.append((self.request.objects[i], name, cursor, len(self.empty)))
-            cursor += len(self.empty)
+            entry = self.request.objects[i]
+            blob = self.empty
+            if entry in self.request.payloads:
+                blob = torchzip.whole(torchzip.layout([plain.nodes(self.request.payloads[entry])]))
+            literals.append((cursor, blob))
+            self.items.append((entry, name, cursor, len(blob)))
+            cursor += len(blob)
         for i in slots:
             skeleton = self.skeletons[i]
             at = next((offset for _, offset in skeleton.tensors), 0)

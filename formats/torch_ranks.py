@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from registry.errors import CheckpointError
 from registry.parallel import Parallel
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
 
-from . import documents, megatron_dirs, torchzip
+from . import documents, megatron_dirs, plain, torchzip
 from .pickles import brief
 
 FILE = "model_optim_rng.pt"
+FLAT = "distrib_optim.pt"
 _AGAIN = "copy the checkpoint again, or use another iteration"
 _DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 
@@ -49,12 +52,22 @@ class Container:
         parallel = _check_ranks(path, parallel, ranks)
         pieces: list[Piece] = []
         entries: list[str] = []
+        files = [p / FILE for p in states]
         for i, (directory, state) in enumerate(states.items()):
             _read_model(directory / FILE, state, i, ranks[directory], pieces, entries)
+        for directory in states:
+            if (directory / FLAT).is_file():
+                pieces += _flat(directory / FLAT, len(files), ranks[directory], parallel)
+                files.append(directory / FLAT)
+        training = megatron_dirs.training(first, next(iter(states)) / FILE)
+        if isinstance(training.get("optimizer"), dict) and "state" not in training["optimizer"]:
+            training["optimizer"] |= {"param_state_sharding_type": "fully_reshardable"}
         opened = Opened(
-            path, spec_name, [p / FILE for p in states], pieces, arguments, parallel=parallel,
+            path, spec_name, files, pieces, arguments, parallel=parallel,
             iteration=megatron_dirs.iteration(path, first), entries=sorted(set(entries)),
+            state={"training": training, "carried": [name for name in entries if name.startswith("optimizer (")]},
         )  # fmt: skip
+        opened.training = partial(_beside, {rank: directory / FILE for directory, rank in ranks.items()})
         documents.read_carried(opened)
         return opened
 
@@ -68,24 +81,29 @@ class Container:
         for entry in request.objects:
             objects[entry.rank._replace(vpp=0)].append(entry.name)
         files: list[FilePlan] = []
-        skeletons: list[tuple[torchzip.Skeleton, list[int]]] = []
+        sealed: list[tuple[torchzip.Skeleton, dict[int, int], dict[int, int]]] = []
         places = [(0, 0)] * len(request.slots)
         p = request.parallel
         for rank in _ranks(p):
-            skeleton, order = _archive(request, rank, members[rank])
-            for i, (_, offset) in zip(order, skeleton.tensors, strict=False):
-                places[i] = (len(files), offset)
+            skeleton, slot_of = _archive(request, rank, members[rank])
+            literals, crcs = list(skeleton.literals), {}
+            for k, (tensor, offset) in enumerate(skeleton.tensors):
+                if k in slot_of:
+                    places[slot_of[k]] = (len(files), offset)
+                elif tensor.data:
+                    literals.append((offset, tensor.data))
+                    crcs[k] = zlib.crc32(tensor.data)
             path = f"{root}/{_name(rank, request.parallel)}/{FILE}"
-            files.append(FilePlan(path, skeleton.size, list(skeleton.literals)))
-            skeletons.append((skeleton, order))
+            files.append(FilePlan(path, skeleton.size, sorted(literals)))
+            sealed.append((skeleton, slot_of, crcs))
         small, copies = documents.carry(request, f"{root}/")
         small |= megatron_dirs.tracker(request)
 
         def seal(crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
             return [
                 (file, at, data)
-                for file, (skeleton, order) in enumerate(skeletons)
-                for at, data in skeleton.crc_patches({k: crcs[i] for k, i in enumerate(order)})
+                for file, (skeleton, slot_of, own) in enumerate(sealed)
+                for at, data in skeleton.crc_patches({k: crcs[i] for k, i in slot_of.items()} | own)
             ]
 
         return Laid(files, places, small, copies, seal=seal)
@@ -97,25 +115,36 @@ def _name(rank: Rank, parallel: Parallel) -> str:
     return f"mp_rank_{rank.tp:02d}{pp}{ep}"
 
 
-def _archive(request: Request, rank: Rank, members: Sequence[int]) -> tuple[torchzip.Skeleton, list[int]]:
-    """The archive of one rank, and its slots in the order of the archive's tensors."""
+def _archive(request: Request, rank: Rank, members: Sequence[int]) -> tuple[torchzip.Skeleton, dict[int, int]]:
+    """The archive of one rank, and which of its tensors is which slot."""
     chunks: dict[int, dict[str, Any]] = {vpp: {} for vpp in range(request.parallel.vpp)}
     new: dict[int, torchzip.NewTensor] = {}
     for i in members:
         slot = request.slots[i]
         new[i] = chunks[slot.rank.vpp][slot.name] = torchzip.NewTensor(slot.dtype, slot.shape)
     engine = request.options.get("transformer_impl") == "transformer_engine"
-    for entry in request.objects:
-        if entry.rank._replace(vpp=0) == rank:
-            plain = entry.name.startswith("output_layer.") or not engine
-            chunks[entry.rank.vpp][entry.name] = None if plain else torchzip.NewTensor("uint8", (0,))
     state = megatron_dirs.common_state(request)
+    for entry in request.objects:
+        if entry.rank._replace(vpp=0) == rank and entry in request.payloads:
+            state[entry.name] = plain.nodes(request.payloads[entry])
+        elif entry.rank._replace(vpp=0) == rank:
+            bare = entry.name.startswith("output_layer.") or not engine
+            chunks[entry.rank.vpp][entry.name] = None if bare else torchzip.NewTensor("uint8", (0,))
     for vpp, chunk in chunks.items():
         state["model" if len(chunks) == 1 else f"model{vpp}"] = chunk
     skeleton = torchzip.layout(state, prefix="model_optim_rng")
     slot_of = {id(tensor): i for i, tensor in new.items()}
-    order = [slot_of[id(tensor)] for tensor, _ in skeleton.tensors if id(tensor) in slot_of]
-    return skeleton, order
+    return skeleton, {k: slot_of[id(t)] for k, (t, _) in enumerate(skeleton.tensors) if id(t) in slot_of}
+
+
+def _beside(files: Mapping[Rank, Path], rank: Rank | None) -> dict[str, Any]:
+    """What a rank's file holds beside its model; the first rank's, for what all share."""
+    path = files[rank or min(files)]
+    state = {key: value for key, value in _load(path).items() if not re.fullmatch(r"model\d*", str(key))}
+    found: dict[str, Any] = plain.plain(state, path)
+    if rank is None:
+        found.pop("rng_state", None)
+    return found
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -176,6 +205,34 @@ def _ranks(parallel: Parallel) -> list[Rank]:
     return sorted(found)
 
 
+def _flat(path: Path, file: int, rank: Rank, parallel: Parallel) -> list[Piece]:
+    """The distributed optimizer's flat buffers of one rank, by the names that they have in torch_dist checkpoints.
+
+    {gradient buffer: {(types): {"param", "exp_avg", "exp_avg_sq": a row, ...}}}; with experts, a list of such, which
+    depends on more than this file: it stays behind.
+    """
+    state: dict[Any, Any] = _load(path) if parallel.ep == 1 else {}
+    group = rank.pp * parallel.tp + rank.tp
+    pieces: list[Piece] = []
+    for buffer, by_types in state.items():
+        if type(buffer) is int and isinstance(by_types, dict):
+            for types, rows in by_types.items():
+                shown = (
+                    ", ".join(f"torch.{getattr(t, 'name', t)}" for t in types) if isinstance(types, tuple) else types
+                )
+                head = f"optimizer.distributed.dp_group_idx_{group}.gbuf_idx_{buffer}.dtype_({shown}).bucket_idx_0."
+                pieces += _rows(head, rows, file, rank)
+    return pieces
+
+
+def _rows(head: str, rows: object, file: int, rank: Rank) -> list[Piece]:
+    return [
+        Piece(f"{head}{name}", row.dtype, row.shape, file, row.offset, rank)
+        for name, row in (rows.items() if isinstance(rows, dict) else ())
+        if isinstance(row, torchzip.TensorRef) and len(row.shape) == 1 and row.is_contiguous
+    ]
+
+
 def _read_model(
     path: Path, state: Mapping[str, Any], file: int, rank: Rank, pieces: list[Piece], entries: list[str]
 ) -> None:
@@ -206,4 +263,4 @@ def _read_model(
                 entries.append(str(name))
     entries += [f"optimizer ({key})" for key in ("optimizer", "opt_param_scheduler") if state.get(key) is not None]
     entries += ["rng_state"] if state.get("rng_state") is not None else []
-    entries += ["optimizer (distrib_optim.pt)"] if path.with_name("distrib_optim.pt").exists() else []
+    entries += ["optimizer (distrib_optim.pt)"] if path.with_name(FLAT).exists() else []

@@ -19,10 +19,21 @@ from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
 
 from . import pickles
-from .torchzip_write import STORAGES, NewTensor, Skeleton, layout, tensor_item
+from .torchzip_write import STORAGES, NewTensor, Skeleton, layout, tensor_item, whole
 from .zips import LOCAL, Member, Source, open_source, read_directory
 
-__all__ = ["Archive", "Member", "NewTensor", "Skeleton", "TensorRef", "layout", "probe_tensor", "read", "tensor_item"]
+__all__ = [
+    "Archive",
+    "Member",
+    "NewTensor",
+    "Skeleton",
+    "TensorRef",
+    "layout",
+    "probe_tensor",
+    "read",
+    "tensor_item",
+    "whole",
+]
 
 _DTYPES = {name: dtype for dtype, name in STORAGES.items()}
 _MAX_PICKLE = 1 << 30

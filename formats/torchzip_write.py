@@ -54,6 +54,8 @@ class NewTensor:
 
     dtype: str
     shape: tuple[int, ...] = attrs.field(converter=_shape)
+    #: Its bytes, where they are known: `whole` writes them.
+    data: bytes = b""
 
     def __attrs_post_init__(self) -> None:
         if self.dtype not in ITEMSIZE or any(size < 0 for size in self.shape):
@@ -116,6 +118,19 @@ def layout(graph: object, *, prefix: str = "archive", alignment: int = 64) -> Sk
         (at + tensor.nbytes + 4, start + entry + 16) if tensor.nbytes else () for tensor, at, entry in places
     )
     return Skeleton(zipped.cursor, tuple(zipped.literals), tuple((tensor, at) for tensor, at, _ in places), fields)
+
+
+def whole(skeleton: Skeleton) -> bytes:
+    """The archive with the data that its tensors bring; others are zeros without a checksum."""
+    blob = bytearray(skeleton.size)
+    for offset, literal in skeleton.literals:
+        blob[offset : offset + len(literal)] = literal
+    for index, (tensor, at) in enumerate(skeleton.tensors):
+        if tensor.data:
+            blob[at : at + len(tensor.data)] = tensor.data
+            for offset, patch in skeleton.crc_patches({index: zlib.crc32(tensor.data)}):
+                blob[offset : offset + len(patch)] = patch
+    return bytes(blob)
 
 
 @lru_cache(maxsize=65536)

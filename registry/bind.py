@@ -21,6 +21,7 @@ from registry.model import Kind, LogicalModel, rules_spec
 from registry.parallel import Parallel, Stage
 from registry.problems import collapse, unclaimed
 from registry.specs import FormatSpec, Ignored
+from registry.states import is_state
 from registry.storage import Opened, Piece, Rank
 from registry.tensor_rules import Rule, named_axes
 
@@ -84,15 +85,16 @@ class _Alike(NamedTuple):
     origin: tuple[int, ...] | None
     lone: tuple[int, ...]
     at: tuple[int, ...]
+    stretch: tuple[int, int] | None
 
 
 def _alike(piece: Piece, single: Mapping[int, str], at: tuple[int, ...]) -> tuple[_Alike, tuple[int, ...]]:
     """What a piece shares with others, and its index along each lone dimension."""
     if piece.origin is None:
-        return _Alike(piece.dtype, piece.shape, piece.strides, piece.whole, None, (), at), ()
+        return _Alike(piece.dtype, piece.shape, piece.strides, piece.whole, None, (), at, piece.stretch), ()
     lone = tuple(d for d in single if piece.shape[d : d + 1] == (1,))
     origin = tuple(0 if d in lone else o for d, o in enumerate(piece.origin))
-    alike = _Alike(piece.dtype, piece.shape, piece.strides, piece.whole, origin, lone, at)
+    alike = _Alike(piece.dtype, piece.shape, piece.strides, piece.whole, origin, lone, at, piece.stretch)
     return alike, tuple(piece.origin[d] for d in lone)
 
 
@@ -159,7 +161,7 @@ class _Reader:
             if any(indices for _, _, _, indices in found):
                 break
         else:
-            if any(tensor in self.model.tensors for tensor in tensors):
+            if any(tensor in self.model.tensors and not is_state(tensor) for tensor in tensors):
                 first = self.spelled(pattern, rule)[0]
                 names = [name for _, name, _, _ in self.find(first, kind)] or [pattern]
                 (self.bound.missing if part is None else self.lacking[part]).extend(names)
@@ -273,7 +275,8 @@ class _Reader:
                 "the bytes are not in the order of the layout", expected="a whole tensor", found="a part"
             )
         piece = None if alike.origin is None else list(zip(alike.origin, alike.shape, strict=True))
-        return boxes.fragments(layout, box, piece=piece, strides=alike.strides)
+        found = boxes.fragments(layout, box, piece=piece, strides=alike.strides)
+        return found if alike.stretch is None else [f for whole in found for f in boxes.stretch(whole, *alike.stretch)]
 
     def finish(self, ignored: Sequence[Ignored], rules: Sequence[tuple[str, Rule]]) -> Bound:
         """Everything must be claimed, or left out for a declared reason."""

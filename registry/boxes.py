@@ -215,6 +215,19 @@ def _cut(along: _Along, offset: int, size: int) -> list[_Along]:
     return pieces
 
 
+def stretch(fragment: Fragment, first: int, count: int) -> list[Fragment]:
+    """The parts of a fragment of a row-major box in the stretch [first, first + count) of the box laid out in a row.
+
+    Offsets of the parts count from the beginning of the stretch.
+    """
+    found = []
+    for box in clip(fragment.offset, fragment.size, fragment.stride, first, first + count):
+        lo = tuple(low + start for low, (start, _) in zip(fragment.lo, box, strict=True))
+        at = fragment.offset - first + sum(i * s for (i, _), s in zip(box, fragment.stride, strict=True))
+        found.append(Fragment(fragment.tensor, fragment.axes, lo, tuple(n for _, n in box), fragment.stride, at))
+    return found
+
+
 def _fragment(tensor: str, per_dim: Sequence[_Along], steps: Sequence[int]) -> Fragment:
     axes = [
         (name, lo, size, stride * step)

@@ -51,7 +51,7 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
                 hint=f"choose a directory below {target}",
             )  # fmt: skip
     except (OSError, ValueError) as error:
-        raise _failed(target, error) from error
+        raise failed(target, error) from error
 
 
 def sync_directory(path: Path) -> None:
@@ -82,11 +82,11 @@ def staged(target: Path, *, needed: int, durable: bool, overwrite: bool = True) 
     stage, aside = parent / f".{target.name}.partial", parent / f".{target.name}.partial.old"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with _locked(parent / f".{target.name}.lock", target):
+        with locked(parent / f".{target.name}.lock", target):
             if aside.exists() and not target.exists():  # a run died between the two steps of `_exchange`
                 aside.rename(target)
-            _remove(aside)
-            _remove(stage)
+            remove(aside)
+            remove(stage)
             check_space(parent, needed)
             stage.mkdir()
             try:
@@ -95,10 +95,10 @@ def staged(target: Path, *, needed: int, durable: bool, overwrite: bool = True) 
             finally:  # what was not finished; or what was at the target before
                 shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
-        raise _failed(target, error, stage) from error
+        raise failed(target, error, stage) from error
 
 
-def _failed(target: Path, error: OSError | ValueError, stage: Path | None = None) -> RegistryError:
+def failed(target: Path, error: OSError | ValueError, stage: Path | None = None) -> RegistryError:
     name = getattr(error, "filename", None)
     found = getattr(error, "strerror", None) or str(error)
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else target
@@ -115,7 +115,7 @@ def _failed(target: Path, error: OSError | ValueError, stage: Path | None = None
 
 
 @contextmanager
-def _locked(path: Path, target: Path) -> Iterator[None]:
+def locked(path: Path, target: Path) -> Iterator[None]:
     """Hold the lock file at `path`, which goes away with the lock. Raises TargetError if another run holds it.
 
     A file, and open for writing: NFS locks no directory, and nothing that is only read.
@@ -148,7 +148,7 @@ def _flock(fd: int, target: Path) -> None:
             raise
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -16,7 +16,7 @@ from registry.dtypes import dtype_name
 from registry.execute import Progress, execute
 from registry.parallel import Parallel
 from registry.planning import Copies, Plan
-from registry.prepare import Prepared, lay_out, prepare
+from registry.prepare import Prepared, lay_out, prepare, wants_states
 from registry.source import PathLike, load, local_path
 from registry.storage import Laid, small_bytes
 
@@ -105,7 +105,7 @@ def convert(
     check_target(local_path(source), goal, overwrite)
     cast = None if dtype is None else dtype_name(dtype)
     with no_collection():
-        loaded = load(source, config=config, architecture=architecture)
+        loaded = load(source, config=config, architecture=architecture, states=wants_states(to, options))
         prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
         laid, notes = lay_out(prepared, options, cast)
     needed = sum(file.size for file in laid.files)
@@ -196,6 +196,6 @@ def plan(
     start = time.perf_counter()
     cast = None if dtype is None else dtype_name(dtype)
     with no_collection():
-        loaded = load(source, config=config, architecture=architecture)
+        loaded = load(source, config=config, architecture=architecture, states=wants_states(to, options))
         prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
     return PlanReport(prepared.plan, prepared, options, cast, time.perf_counter() - start)

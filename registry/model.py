@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from registry import expressions
 from registry.errors import MappingError, SpecError
 from registry.specs import ArchitectureSpec, ConfigMap, Extension, FormatSpec, Spec
+from registry.states import state_tensor
 from registry.tensor_rules import Rule, named_axes
 
 _ABSENT = object()
@@ -169,6 +170,25 @@ class LogicalModel:
     varying: dict[str, tuple[Kind, ...]]
     optional: dict[str, str]
     without: frozenset[str]
+    states: tuple[str, ...] = ()
+
+    def with_states(self, states: Sequence[str], held: Collection[str] | None = None) -> LogicalModel:
+        """This model with optimizer state: of every weight, or of those whose state is in `held`."""
+
+        def grown(present: frozenset[str]) -> frozenset[str]:
+            names = (state_tensor(state, tensor) for state in states for tensor in present)
+            return present.union(name for name in names if held is None or name in held)
+
+        tensors = {state_tensor(state, tensor): axes for state in states for tensor, axes in self.tensors.items()}
+        ties = {state_tensor(state, a): state_tensor(state, b) for state in states for a, b in self.ties.items()}
+        return evolve(
+            self,
+            tensors=self.tensors | {t: axes for t, axes in tensors.items() if held is None or t in held},
+            ties=self.ties | {a: b for a, b in ties.items() if held is None or b in held},
+            whole=evolve(self.whole, present=grown(self.whole.present)),
+            varying={axis: tuple(evolve(k, present=grown(k.present)) for k in ks) for axis, ks in self.varying.items()},
+            states=tuple(states),
+        )
 
     def home(self, tensor: str) -> str:
         """The tensor itself, or the one that it is tied to."""

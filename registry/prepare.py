@@ -17,6 +17,7 @@ from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec
+from registry.states import is_state, with_states
 from registry.storage import Laid, Request
 from registry.target import Target, bind_target
 from registry.version import library_version
@@ -57,6 +58,15 @@ def merged_options(spec: FormatSpec, architecture: ArchitectureSpec, given: Mapp
     if problems:
         raise ArgumentError(f"bad options for {spec.name}", details=problems)
     return options
+
+
+def wants_states(to: str, options: Mapping[str, Any] | None) -> bool:
+    """Does the target take optimizer state, and does the user want it there?"""
+    spec = catalog.format_spec(to)
+    chosen = (options or {}).get(
+        "optimizer", spec.options["optimizer"].default if "optimizer" in spec.options else None
+    )
+    return bool(spec.states) and chosen != "none"
 
 
 def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
@@ -102,6 +112,14 @@ def prepare_target(
     source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
 ) -> tuple[Target, Plan]:
     """Bind the target and plan every copy. Raises ArgumentError, MappingError and ParallelError."""
+    target = bound_target(source, spec, parallel, options, dtype)
+    return target, make_plan(source.bound, source.opened, target.groups, target.slots, source.model)
+
+
+def bound_target(
+    source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
+) -> Target:
+    """Everything that the target will hold, of all ranks."""
     name = source.architecture.name
     if spec.closed and spec.name not in source.architecture.formats:
         raise MappingError(
@@ -112,14 +130,16 @@ def prepare_target(
     if dtype is not None and not is_float(dtype):
         raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
     choices = _choices(source, spec, options)
-    rules = list(format_rules(spec, source.architecture))
+    kinds = [state for state in source.model.states if state in spec.states]
+    rules = list(with_states(list(format_rules(spec, source.architecture)), spec, kinds))
     target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
-    if lost := [tensor for tensor in target.homeless if tensor not in source.architecture.spare]:
+    spare = source.architecture.spare
+    if lost := [t for t in target.homeless if t not in spare and not (is_state(t) and not kinds)]:
         raise MappingError(
             f"{spec.name} has no place for some tensors", where=source.opened.path, details=lost,
             hint=f"add rules for them to the format spec {spec.name}",
         )  # fmt: skip
-    return target, make_plan(source.bound, source.opened, target.groups, target.slots, source.model)
+    return target
 
 
 def prepare(
@@ -149,6 +169,12 @@ def _spared(source: Source, spec: FormatSpec, target: Target) -> Iterator[str]:
 
 def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Laid, list[str]]:
     """Ask the target's container where everything goes; notes on facts that the target's own config cannot say."""
+    asked, notes = request(prepared, options, dtype)
+    return catalog.container(prepared.spec.container).lay_out(asked), notes
+
+
+def request(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Request, list[str]]:
+    """What the target's container is asked for."""
     source, spec = prepared.source, prepared.spec
     chosen = merged_options(spec, source.architecture, options)
     facts = {**source.model.facts, "dtype": dtype or source.dtype}
@@ -171,12 +197,13 @@ def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         "variants": hub_variants(source),
         "dtypes": _forced(prepared, dtype),
     }
-    request = Request(
+    asked = Request(
         spec.name, prepared.target.slots, prepared.target.objects, document, prepared.parallel, chosen, source.opened,
         source.opened.iteration if spec.parallel and source.spec.parallel else None,
         (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(), hub_config, source.opened.side_files,
+        tuple(state for state in source.model.states if state in spec.states),
     )  # fmt: skip
-    return catalog.container(spec.container).lay_out(request), list(_unsaid(source, spec, document))
+    return asked, list(_unsaid(source, spec, document))
 
 
 def _forced(prepared: Prepared, dtype: str | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from registry.decoding import decode
 from registry.defaults import hub_facts
 from registry.dtypes import is_float
 from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
+from registry.flat import bind_flat
 from registry.model import (
     LogicalModel,
     config_map,
@@ -28,6 +29,7 @@ from registry.model import (
 )
 from registry.problems import collapse
 from registry.specs import ArchitectureSpec, FormatSpec
+from registry.states import check_states, held_states, is_state, with_states
 from registry.storage import Opened, slot_bytes
 
 PathLike = str | os.PathLike[str]
@@ -125,9 +127,16 @@ def read_config(config: PathLike | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(
-    path: PathLike, *, config: PathLike | Mapping[str, Any] | None = None, architecture: str | None = None
+    path: PathLike,
+    *,
+    config: PathLike | Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+    states: bool = False,
 ) -> Source:
-    """Open, detect and bind. Raises CheckpointError, DetectionError and MappingError."""
+    """Open, detect and bind; with `states`, the optimizer state too, where there is any.
+
+    Raises CheckpointError, DetectionError and MappingError.
+    """
     where = local_path(path)
     try:
         spec = detect_format(where)
@@ -137,6 +146,15 @@ def load(
             "the checkpoint cannot be read", where=error.filename or where, expected="to read it",
             found=error.strerror or error, hint="check the path and its permissions",
         ) from error  # fmt: skip
+    return understood(opened, spec, config=config, architecture=architecture, states=states)
+
+
+def understood(
+    opened: Opened, spec: FormatSpec, *, config: PathLike | Mapping[str, Any] | None, architecture: str | None,
+    states: bool,
+) -> Source:  # fmt: skip
+    """What has been opened, bound to its model."""
+    where = opened.path
     hub = decode(opened, spec, read_config(config) if config is not None else opened.hub_config)
     name = architecture or (None if hub is None else hub.get("model_type")) or opened.architecture
     if config is not None and isinstance(config, str | os.PathLike):
@@ -158,8 +176,8 @@ def load(
                 expected="one of " + ", ".join(catalog.names("architecture")),
                 hint="register a spec for it, or name a known architecture= that has the same tensors",
             )  # fmt: skip
-        return _bind(opened, spec, catalog.architecture(name), hub)
-    return _guess(opened, spec, hub)
+        return _bind(opened, spec, catalog.architecture(name), hub, states=states)
+    return _guess(opened, spec, hub, states)
 
 
 def carried_config(path: PathLike) -> dict[str, Any] | None:
@@ -195,7 +213,7 @@ def _with_side_files(opened: Opened, config: Path) -> Opened:
     return opened
 
 
-def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> Source:
+def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None, states: bool) -> Source:
     """The one architecture that fits the document and the tensors."""
     fitting: list[Source] = []
     failed: list[RegistryError] = []
@@ -221,7 +239,8 @@ def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> Sour
             where=opened.path, expected="one architecture", found=names or "none", details=() if fitting else reasons,
             hint="name one with architecture=, or give config= (a HuggingFace directory or config.json)",
         )  # fmt: skip
-    return fitting[0]
+    found = fitting[0]
+    return _bind(opened, spec, found.architecture, hub, strict=True, states=True) if states else found
 
 
 def _bind(
@@ -231,6 +250,7 @@ def _bind(
     hub: dict[str, Any] | None,
     *,
     strict: bool = False,
+    states: bool = False,
 ) -> Source:
     facts, hub_config, notes = _facts(opened, spec, architecture, hub, strict)
     known = bool(hub or spec.rules_from == "architecture")
@@ -240,16 +260,25 @@ def _bind(
     }
     options = {name: spec.options[name].default if value is None else value for name, value in options.items()}
     ignored = [*spec.ignored, *(architecture.ignored if spec.rules_from == "architecture" else [])]
-    rules = list(format_rules(spec, architecture))
+    kinds = held_states(opened, spec) if states else ()
+    rules = list(with_states(list(format_rules(spec, architecture)), spec, kinds))
     model = logical_model(architecture, facts)
-    bound = bind_source(opened, spec, rules, model, options, ignored)
+    bound = bind_source(opened, spec, rules, model.with_states(kinds), options, ignored)
     if bound.absent:
         for part in (architecture.optional[name] for name in bound.absent):
             if any(facts.get(name) != value for name, value in part.facts.items()):
                 notes.append(f"not all that the config speaks of is here: {part.reason}")
             facts |= part.facts
         model = logical_model(architecture, facts, bound.absent)
-        bound = bind_source(opened, spec, rules, model, options, ignored)
+        bound = bind_source(opened, spec, rules, model.with_states(kinds), options, ignored)
+    if states:
+        kinds = tuple(dict.fromkeys((*kinds, *bind_flat(opened, spec, model, options, bound))))
+    if kinds:
+        held = {model.home(f.tensor) for group in bound.groups for f in group.fragments if is_state(f.tensor)}
+        check_states(opened, spec, bound, kinds, held)
+        model = model.with_states(kinds, held)
+        for name in opened.state.get("carried", ()):
+            bound.left_out.pop(name, None)
     if strict and bound.missing:
         raise MappingError(
             "tensors are missing", where=opened.path, details=collapse(bound.missing),

@@ -333,6 +333,20 @@ class Option(Model):
     )
 
 
+class Flat(Model):
+    """Optimizer state that lies in flat buffers of model-parallel ranks; `registry.flat` reads it."""
+
+    name: str = Field(description="a regular expression over names: groups chain, group, chunk, dtypes, bucket, state")
+    states: dict[str, str] = Field(description="state in a name -> kind of state")
+    layout: str = Field(
+        description="the format whose files of every rank hold the weights that are in a rank's buffers"
+    )
+    align: int = Field(description="every weight's state begins at a multiple of so many elements")
+    order: list[str] = Field(description="globs over that format's names in the order of making; # is the layer")
+    buffers: list[str] = Field(default=[], description="globs over tensors of the model that no optimizer steps")
+    experts: str = Field(default="", description="a glob over what the second of several optimizers steps")
+
+
 class FormatSpec(Spec):
     """One checkpoint format: how it lays out the logical tensors, once for all architectures."""
 
@@ -351,9 +365,14 @@ class FormatSpec(Spec):
         default={}, description="parallel dimension -> axes repeated when shorter than it"
     )
     options: dict[str, Option] = Field(default={}, description="the choices that the format offers")
+    states: dict[str, list[str]] = Field(
+        default={},
+        description="kind of optimizer state -> what its tensors' names begin with; the first is written, any is read",
+    )
     objects: dict[str, Expression] = Field(
         default={}, description="entries without data that readers expect -> when to write them"
     )
+    flat: Flat | None = Field(default=None, description="optimizer state in flat buffers, which is read too")
     config: ConfigMap = Field(default=ConfigMap(), description="the format's config document against the facts")
     encodings: dict[str, Encoding] = Field(
         default={}, description="ways to store a tensor as several, which are decoded on reading"

@@ -33,7 +33,8 @@ class Piece(NamedTuple):
     """A stretch of bytes that holds a box of one stored tensor.
 
     `shape` is the piece's own; `origin` where it begins in the whole stored tensor of shape `whole` (None: it is the
-    whole). `strides` are in elements (None: row-major). `file` indexes `Opened.files`, `begin` is in bytes.
+    whole). `strides` are in elements (None: row-major). `file` indexes `Opened.files`, `begin` is in bytes. With
+    `stretch` only the elements from its first number on, as many as its second, of the box laid out in a row are here.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Piece(NamedTuple):
     origin: tuple[int, ...] | None = None
     whole: tuple[int, ...] | None = None
     strides: tuple[int, ...] | None = None
+    stretch: tuple[int, int] | None = None
 
 
 @define
@@ -54,7 +56,9 @@ class Opened:
     `document` is the format's config document (config.json, Megatron's args); `iteration` the training step where one
     is known; `parallel` the layout that the checkpoint says it was written at; `entries` names of what is not a tensor;
     `side_files` what travels along (relative name -> path); `hub_config` a HuggingFace config that was carried with the
-    checkpoint; `state` whatever else the format keeps (Megatron's common state), for a target of the same container.
+    checkpoint; `state` whatever else the format keeps, for a target of the same container: under `training` what
+    belongs to the optimizer, and under `carried` the entries that it was read from. `training(rank)` reads what a
+    training run keeps beside its tensors, as plain data: what all ranks share, or with a rank also what is its own.
     """
 
     path: Path
@@ -70,6 +74,7 @@ class Opened:
     side_files: dict[str, Path] = field(factory=dict)
     state: dict[str, Any] = field(factory=dict)
     notes: list[str] = field(factory=list)
+    training: Callable[[Rank | None], dict[str, Any]] | None = None
 
 
 class Slot(NamedTuple):
@@ -86,7 +91,8 @@ class Slot(NamedTuple):
 def slot_bytes(slot: Slot | Piece) -> int:
     """Bytes of the elements of one slot or piece."""
     size = ITEMSIZE[slot.dtype]
-    for n in slot.shape:
+    stretch = getattr(slot, "stretch", None)
+    for n in slot.shape if stretch is None else stretch[1:]:
         size *= n
     return size
 
@@ -102,7 +108,11 @@ class ObjectSlot(NamedTuple):
 
 @frozen
 class Request:
-    """All that a container needs to lay a checkpoint out."""
+    """All that a container needs to lay a checkpoint out; `states` are the kinds of optimizer state in the slots.
+
+    `common` is what a training run keeps beside its tensors, plain data with `registry.plain.TensorData` in it, and
+    `payloads` what some of the objects hold.
+    """
 
     format: str
     slots: Sequence[Slot]
@@ -115,6 +125,9 @@ class Request:
     manifest: bytes
     hub_config: dict[str, Any]
     side_files: Mapping[str, Path]
+    states: tuple[str, ...] = ()
+    common: Mapping[str, Any] = field(factory=dict)
+    payloads: Mapping[ObjectSlot, Any] = field(factory=dict)
 
 
 @frozen

@@ -28,6 +28,7 @@ from registry.layout import Axis, Node, Product, Sum, parse
 from registry.model import Kind, LogicalModel, rules_spec
 from registry.parallel import Parallel, Stage
 from registry.specs import FormatSpec
+from registry.states import is_state
 from registry.storage import ObjectSlot, Rank, Slot
 from registry.tensor_rules import Named, Rule, named_axes
 
@@ -93,7 +94,7 @@ class _Writer:
         if rule.dtype:
             return rule.dtype
         found = {self.dtype_of(self.model.home(t)) for t in rule.parsed.tensors if t in kind.present}
-        if self.dtype:
+        if self.dtype and not all(map(is_state, rule.parsed.tensors)):
             found = {self.dtype if is_float(name) else name for name in found}
         if len(found) > 1:
             raise MappingError(

@@ -315,9 +315,9 @@ def test_lock_that_was_removed_under_us_does_not_count(target: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit.fcntl, "flock", removed_first)
-        with commit._locked(path, target):
+        with commit.locked(path, target):
             assert len(opened) == 2 and path.exists()
-            with pytest.raises(TargetError), commit._locked(path, target):
+            with pytest.raises(TargetError), commit.locked(path, target):
                 pass
     assert not path.exists()
 

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
         TargetError,
         UnsafePickleError,
     )
+    from registry.loading import Loaded, load
     from registry.parallel import Parallel
+    from registry.saving import Saved, save
     from registry.storage import Rank
 
 _HOMES = {
@@ -50,7 +52,9 @@ _HOMES = {
         "ArgumentError CheckpointError DetectionError ExperimentalError LayoutError MappingError ParallelError "
         "RegistryError SpecError TargetError UnsafePickleError"
     ),
+    "registry.loading": "Loaded load",
     "registry.parallel": "Parallel",
+    "registry.saving": "Saved save",
     "registry.storage": "Rank",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -63,11 +67,13 @@ __all__ = [
     "DetectionError",
     "ExperimentalError",
     "LayoutError",
+    "Loaded",
     "MappingError",
     "Parallel",
     "ParallelError",
     "Rank",
     "RegistryError",
+    "Saved",
     "SpecError",
     "TargetError",
     "UnsafePickleError",
@@ -76,11 +82,13 @@ __all__ = [
     "convert",
     "formats",
     "inspect",
+    "load",
     "open",
     "plan",
     "register",
     "register_codec",
     "register_container",
+    "save",
     "schema",
     "stream",
     "verify",

@@ -1,0 +1,262 @@
+"""Fill the tensors of one training process from a source: plan what it needs, and read that into its own memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from attrs import define, evolve, field
+
+from registry import local
+from registry.assemble import Assembler, assembler
+from registry.dtypes import torch_dtype
+from registry.errors import ArgumentError, CheckpointError, MappingError
+from registry.files import SourceFiles
+from registry.groups import Group
+from registry.local import Key
+from registry.parallel import Parallel
+from registry.plain import unpacked
+from registry.planning import make_plan
+from registry.prepare import bound_target, fitted, merged_options
+from registry.problems import collapse
+from registry.rankwise import pad_options, padded_sizes, ranks_spec, widened
+from registry.source import Source
+from registry.specs import FormatSpec
+from registry.states import MASTER
+from registry.storage import Rank, Slot, slot_bytes
+from registry.target import Target
+
+if TYPE_CHECKING:
+    import torch
+
+
+@define
+class Rankwise:
+    """What one process is to read: `tensors[key]` from slot `at[key]`."""
+
+    source: Source
+    tensors: dict[Key, torch.Tensor]
+    at: dict[Key, int]
+    slots: list[Slot]
+    filler: Assembler
+    fresh: dict[int, dict[str, Any]] = field(factory=dict)
+    notes: list[str] = field(factory=list)
+
+    def fill(self) -> None:
+        """Read every tensor. Raises CheckpointError and MappingError."""
+        import torch
+
+        with torch.no_grad():
+            for key, tensor in self.tensors.items():
+                self._fill(self.at[key], tensor)
+
+    def _fill(self, at: int, tensor: torch.Tensor) -> None:
+        import torch
+
+        slot, part = self.slots[at], local.shard(tensor)
+        target, size = part.tensor, slot_bytes(self.slots[at])
+        same = target.dtype == torch_dtype(slot.dtype) and tuple(target.shape) == slot.shape
+        if same and target.is_contiguous() and target.device.type == "cpu":
+            if not self.filler.table.full[at]:  # the checkpoint has no such rows of padding
+                target.zero_()
+            self.filler.fill(local.as_bytes(target), at, 0, 0, size)
+            return
+        whole = torch.zeros(slot.shape, dtype=torch_dtype(slot.dtype))
+        if size:
+            self.filler.fill(local.as_bytes(whole), at, 0, 0, size)
+        if part.origin is not None:
+            whole = whole[tuple(slice(o, o + n) for o, n in zip(part.origin, target.shape, strict=True))]
+        target.copy_(whole)
+
+
+def rankwise(
+    source: Source, names: str, parallel: Parallel, rank: Rank, weights: Mapping[Key, torch.Tensor], optimizer: Any,
+    options: Mapping[str, Any] | None,
+) -> Rankwise:  # fmt: skip
+    """Plan what one process needs. Raises MappingError where its tensors are not those of the checkpoint's model."""
+    tensors = dict(weights)
+    fresh: dict[int, dict[str, Any]] = {}
+    if optimizer is not None:
+        states = _optimizer_tensors(source, optimizer, weights, fresh)
+        tensors |= {
+            Key(k.chunk, local.stored_name(kind, k.name)): t for kind, own in states.items() for k, t in own.items()
+        }
+    spec = ranks_spec(names, source.model.states if optimizer is not None else ())
+    layout, _ = fitted(spec, parallel)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    padded = padded_sizes(spec, source.architecture, shapes, layout)
+    source = widened(source, {a: n for a, n in source.bound.padded.items() if padded.get(a) == n})
+    given = pad_options(spec, source.architecture, padded, layout) | dict(options or {})
+    slots, groups = _own(_best(source, spec, layout, rank, shapes, given), rank)
+    at = {Key(slot.rank.vpp, slot.name): i for i, slot in enumerate(slots)}
+    _check(source, tensors, at, slots)
+    plan = make_plan(source.bound, source.opened, groups, slots, source.model)
+    filler = assembler(plan, source.opened, SourceFiles(source.opened.files), slots)
+    own = {key: tensor for key, tensor in tensors.items() if key in at}
+    cast = sorted({f"{slots[at[k]].dtype} -> {str(t.dtype).removeprefix('torch.')}" for k, t in own.items()
+                   if torch_dtype(slots[at[k]].dtype) != t.dtype})  # fmt: skip
+    notes = [f"values are cast on the way: {', '.join(cast)}"] if cast else []
+    if short := sorted({key.name for key in own if not filler.table.full[at[key]] and slot_bytes(slots[at[key]])}):
+        notes.append(f"padding that the checkpoint does not have is zeros: {', '.join(collapse(short, 4))}")
+    return Rankwise(source, own, at, slots, filler, fresh, notes)
+
+
+def _best(
+    source: Source,
+    spec: FormatSpec,
+    parallel: Parallel,
+    rank: Rank,
+    shapes: Mapping[Key, Any],
+    given: Mapping[str, Any],
+) -> Target:
+    """The target whose spelling of names is that of this process."""
+    free = {
+        name: spec.options[name].choices
+        for name in spec.variants
+        if name in spec.options and name not in given and spec.options[name].choices
+    }
+    best: tuple[int, Target] | None = None
+    for choice in itertools.product(*free.values()):
+        chosen = merged_options(spec, source.architecture, {**given, **dict(zip(free, choice, strict=True))})
+        target = bound_target(source, spec, parallel, chosen, None)
+        names = {Key(s.rank.vpp, s.name) for s in target.slots if s.rank._replace(vpp=0) == rank}
+        odd = len(names ^ shapes.keys())
+        if best is None or odd < best[0]:
+            best = odd, target
+        if not odd:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _own(target: Target, rank: Rank) -> tuple[list[Slot], list[Group]]:
+    """The slots of one rank, and the groups that they are in."""
+    mine = [i for i, slot in enumerate(target.slots) if slot.rank._replace(vpp=0) == rank]
+    renumber = np.full(len(target.slots), -1, dtype=np.int64)
+    renumber[mine] = np.arange(len(mine))
+    groups = []
+    for group in target.groups:
+        keep = renumber[group.members] >= 0
+        if keep.any():
+            index = {axis: column[keep] for axis, column in group.index.items()}
+            groups.append(evolve(group, members=renumber[group.members[keep]], index=index))
+    return [target.slots[i] for i in mine], groups
+
+
+def _check(source: Source, tensors: Mapping[Key, torch.Tensor], at: Mapping[Key, int], slots: Sequence[Slot]) -> None:
+    """Every tensor here is one of the model's, of its shape, and every one of the model's is here."""
+    memory = {_place(tensor) for key, tensor in tensors.items() if key in at}
+    details = [
+        f"no tensor of this model: {line}"
+        for line in collapse([k.name for k, t in tensors.items() if k not in at and _place(t) not in memory])
+    ]
+    details += [f"not in the model here: {line}" for line in collapse([k.name for k in at if k not in tensors])]
+    details += [
+        f"{key.name}: {tuple(tensor.shape)} here, {slots[at[key]].shape} by the checkpoint at this layout"
+        for key, tensor in tensors.items()
+        if key in at and tuple(tensor.shape) != slots[at[key]].shape
+    ]
+    if details:
+        raise MappingError(
+            "the model is not the checkpoint's at this layout", where=source.opened.path,
+            expected=f"a {source.architecture.name} model in the names of a rank", found=f"{len(details)} differences",
+            details=details[:24], hint="check that config, parallel= and rank= are those of the model that was built",
+        )  # fmt: skip
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return local.shard(tensor).tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _optimizer_tensors(
+    source: Source, optimizer: Any, weights: Mapping[Key, torch.Tensor], fresh: dict[int, dict[str, Any]]
+) -> dict[str, dict[Key, torch.Tensor]]:
+    """The tensors of an optimizer's state to fill, new where it has none yet."""
+    import torch
+
+    if isinstance(optimizer, Mapping):
+        return local.optimizer_tensors(optimizer, weights).tensors
+    found: dict[str, dict[Key, torch.Tensor]] = {}
+    keys = local.parameter_keys(optimizer, weights)
+    kinds = [kind for kind in source.model.states if kind != MASTER]
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = dict(optimizer.state.get(parameter, {}))
+        for kind in kinds:
+            state.setdefault(kind, torch.empty_like(parameter.detach()))
+        if odd := [name for name, value in state.items() if name not in kinds and name != "step" and value is not None]:
+            raise ArgumentError(
+                "the checkpoint lacks state that this optimizer has", found=", ".join(odd), expected=", ".join(kinds)
+            )
+        fresh[id(parameter)] = state
+        for kind in kinds:
+            found.setdefault(kind, {})[keys[id(parameter)]] = state[kind]
+    return found
+
+
+def restore_groups(optimizer: Any, found: Rankwise, stored: Any, where: object) -> None:
+    """Give an optimizer its filled state, its step count and the hyperparameters of its groups."""
+    groups, step = _stored_groups(stored)
+    own = optimizer.get("param_groups", []) if isinstance(optimizer, Mapping) else optimizer.param_groups
+    if len(groups) != len(own):
+        raise CheckpointError(
+            "the optimizer has other parameter groups than the checkpoint", where=where,
+            expected=f"{len(groups)} groups", found=f"{len(own)} groups",
+            hint="build the optimizer with the groups that it was saved with",
+        )  # fmt: skip
+    if step is None and found.fresh:
+        raise CheckpointError(
+            "the checkpoint does not say how often the optimizer has stepped", where=where, expected="a step count",
+            found="none", hint="load it without optimizer=",
+        )  # fmt: skip
+    for mine, theirs in zip(own, groups, strict=True):
+        known = {k: v for k, v in theirs.items() if k in mine and k != "params"}
+        mine.update({k: tuple(v) if isinstance(mine[k], tuple) else v for k, v in known.items()})
+    if isinstance(optimizer, Mapping):
+        for entries in optimizer.get("state", {}).values():
+            if "step" in entries and step is not None:
+                _set_step(entries, step)
+        return
+    for parameter in (p for group in own for p in group["params"]):
+        state = found.fresh[id(parameter)]
+        _set_step(state, step if step is not None else 0.0)
+        optimizer.state[parameter] = state
+
+
+def _set_step(state: dict[str, Any], step: float) -> None:
+    import torch
+
+    before = state.get("step")
+    if isinstance(before, int):
+        state["step"] = int(step)
+    else:
+        state["step"] = torch.tensor(float(step)) if before is None else torch.full_like(before, step)
+
+
+def _stored_groups(stored: Any) -> tuple[list[dict[str, Any]], float | None]:
+    """The parameter groups and the step count of the optimizer that Megatron or this library saved, chained or not."""
+    parts = [stored]
+    if isinstance(stored, list):
+        parts = stored
+    elif isinstance(stored, dict) and stored and all(isinstance(key, int) for key in stored):
+        parts = [stored[key] for key in sorted(stored)]
+    groups: list[dict[str, Any]] = []
+    steps: list[float] = []
+    for part in parts:
+        inner = next(
+            (part[k] for k in ("optimizer", "optimizer_state_dict") if isinstance(part, dict) and k in part), part
+        )
+        if isinstance(inner, dict):
+            groups += [unpacked(group) for group in inner.get("param_groups", [])]
+            steps += list(_steps(unpacked(inner.get("state") or {})))
+    steps += [float(group["step"]) for group in groups if group.get("step") is not None]
+    return groups, max(steps) if steps else None
+
+
+def _steps(state: Mapping[Any, Any]) -> Iterator[float]:
+    for key, value in state.items():
+        if key in ("common_step", "step"):
+            yield float(value)
+        elif isinstance(value, dict) and "step" in value:
+            yield float(value["step"])

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
         UnsafePickleError,
     )
     from registry.loading import Loaded, load
+    from registry.manager import Checkpoints
     from registry.parallel import Parallel
+    from registry.retention import Retention
     from registry.saving import Saved, save
     from registry.storage import Rank
 
@@ -54,6 +56,8 @@ _HOMES = {
     ),
     "registry.loading": "Loaded load",
     "registry.parallel": "Parallel",
+    "registry.manager": "Checkpoints",
+    "registry.retention": "Retention",
     "registry.saving": "Saved save",
     "registry.storage": "Rank",
 }
@@ -63,6 +67,7 @@ __all__ = [
     "ArgumentError",
     "Checkpoint",
     "CheckpointError",
+    "Checkpoints",
     "Codec",
     "DetectionError",
     "ExperimentalError",
@@ -73,6 +78,7 @@ __all__ = [
     "ParallelError",
     "Rank",
     "RegistryError",
+    "Retention",
     "Saved",
     "SpecError",
     "TargetError",

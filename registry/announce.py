@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from attrs import frozen
 
 from registry.errors import ArgumentError
-from registry.local import Key, OptimizerTensors, shard, stored_name
+from registry.local import Key, OptimizerTensors, Shard, stored_name
 from registry.parallel import Parallel
 from registry.plain import packed
 from registry.problems import collapse
@@ -44,16 +44,16 @@ class Announcement:
 
 
 def announcement(
-    agreed: Sequence[tuple[str, Any]], rank: Rank, tensors: Mapping[Key, torch.Tensor], state: OptimizerTensors,
+    agreed: Sequence[tuple[str, Any]], rank: Rank, shards: Mapping[Key, Shard], state: OptimizerTensors,
     random: Any,
 ) -> Announcement:  # fmt: skip
-    """What this rank holds: `tensors` by the names that they have beside each other."""
-    entries = []
-    for key, tensor in tensors.items():
-        part = shard(tensor)
-        entries.append(Entry(key.chunk, key.name, part.dtype, tuple(part.tensor.shape), part.origin, part.whole))
+    """What this rank holds: `shards` by the names that they have beside each other."""
+    entries = tuple(
+        Entry(key.chunk, key.name, part.dtype, tuple(part.tensor.shape), part.origin, part.whole)
+        for key, part in shards.items()
+    )
     groups = tuple(packed(group, f"param_groups[{i}]") for i, group in enumerate(state.groups))
-    return Announcement(tuple(agreed), rank, tuple(entries), groups, state.step, packed(random, "random states"))
+    return Announcement(tuple(agreed), rank, entries, groups, state.step, packed(random, "random states"))
 
 
 def named(weights: Mapping[Key, torch.Tensor], state: OptimizerTensors) -> dict[Key, torch.Tensor]:

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attrs import define, evolve, field
+from attrs import define, field
 
 from registry import local
 from registry.assemble import Assembler, assembler
 from registry.dtypes import torch_dtype
 from registry.errors import ArgumentError, CheckpointError, MappingError
 from registry.files import SourceFiles
-from registry.groups import Group
 from registry.local import Key
 from registry.parallel import Parallel
 from registry.plain import unpacked
@@ -26,7 +25,7 @@ from registry.source import Source
 from registry.specs import FormatSpec
 from registry.states import MASTER
 from registry.storage import Rank, Slot, slot_bytes
-from registry.target import Target
+from registry.target import Target, kept
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +88,9 @@ def rankwise(
     padded = padded_sizes(spec, source.architecture, shapes, layout)
     source = widened(source, {a: n for a, n in source.bound.padded.items() if padded.get(a) == n})
     given = pad_options(spec, source.architecture, padded, layout) | dict(options or {})
-    slots, groups = _own(_best(source, spec, layout, rank, shapes, given), rank)
+    target = _best(source, spec, layout, rank, shapes, given)
+    target = kept(target, np.array([slot.rank._replace(vpp=0) == rank for slot in target.slots], dtype=bool))
+    slots, groups = target.slots, target.groups
     at = {Key(slot.rank.vpp, slot.name): i for i, slot in enumerate(slots)}
     _check(source, tensors, at, slots)
     plan = make_plan(source.bound, source.opened, groups, slots, source.model)
@@ -129,20 +130,6 @@ def _best(
             break
     assert best is not None
     return best[1]
-
-
-def _own(target: Target, rank: Rank) -> tuple[list[Slot], list[Group]]:
-    """The slots of one rank, and the groups that they are in."""
-    mine = [i for i, slot in enumerate(target.slots) if slot.rank._replace(vpp=0) == rank]
-    renumber = np.full(len(target.slots), -1, dtype=np.int64)
-    renumber[mine] = np.arange(len(mine))
-    groups = []
-    for group in target.groups:
-        keep = renumber[group.members] >= 0
-        if keep.any():
-            index = {axis: column[keep] for axis, column in group.index.items()}
-            groups.append(evolve(group, members=renumber[group.members[keep]], index=index))
-    return [target.slots[i] for i in mine], groups
 
 
 def _check(source: Source, tensors: Mapping[Key, torch.Tensor], at: Mapping[Key, int], slots: Sequence[Slot]) -> None:

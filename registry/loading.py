@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from attrs import evolve, field, frozen
 
-from registry import filling, local, rng
+from registry import background, filling, local, rng
 from registry.errors import ArgumentError, CheckpointError
 from registry.filling import Rankwise
+from registry.manager import RELEASE, TRACKER, Checkpoints, Found
 from registry.model import config_map, loose_facts, read_facts
 from registry.parallel import Parallel
 from registry.plain import unpacked
 from registry.ranks import check_ranks, own_rank, team
-from registry.saving import OURS
-from registry.source import PathLike, Source
+from registry.saveplan import OURS
+from registry.source import PathLike, Source, local_path
 from registry.source import load as open_source
 from registry.storage import Rank
-
-if TYPE_CHECKING:
-    pass
 
 
 @frozen
@@ -36,6 +36,7 @@ class Loaded:
     consumed_samples: int | None
     extra: dict[str, Any]
     random_states: bool
+    persistent: bool = True
     notes: tuple[str, ...] = field(default=())
 
 
@@ -43,6 +44,8 @@ def load(
     path: PathLike,
     *,
     model: Any,
+    iteration: int | None = None,
+    non_persistent: PathLike | None = None,
     optimizer: Any = None,
     scheduler: Any = None,
     parallel: Parallel | None = None,
@@ -62,20 +65,26 @@ def load(
     Every tensor of the model and, where one is given, of the optimizer is filled, or it is an error: nothing stays at
     its initial values. The checkpoint may be of any format and layout; each rank reads the bytes that it needs.
 
+    path: a checkpoint, or the directory of a run: then the iteration that is asked for, else the one that the tracker
+    names, else, with a warning, the newest that is whole.
+    non_persistent: a second directory of the run's checkpoints; the newer of both is taken.
     model, optimizer, scheduler, parallel, rank, names, trackers, group: as in `save`.
     args: this run's arguments; where they describe another model than the checkpoint's, every difference is reported.
     finetune: weights only, and from iteration 0. random_states=False leaves the generators alone.
 
     Raises RegistryError on every rank if anything is wrong on any of them.
     """
+    background.finish()
     everyone, layout = team(group), parallel or Parallel()
+    found = everyone.together(lambda: None if everyone.rank else _found(path, iteration, non_persistent))[0]
+    assert found is not None
     held: list[tuple[Source, Rankwise]] = []
 
     def prepare() -> Rank:
         here = rank or own_rank(layout, everyone.rank, everyone.size)
         weights = local.model_tensors(model)
         wants = optimizer is not None and not finetune
-        source = open_source(path, config=config, architecture=architecture, states=wants)
+        source = open_source(found.path, config=config, architecture=architecture, states=wants)
         if args is not None and not finetune:
             check_args(source, args)
         if wants and not source.model.states:
@@ -83,8 +92,8 @@ def load(
                 "the checkpoint has no optimizer state", where=source.opened.path, expected="moments of every weight",
                 found="weights only", hint="load it without optimizer=, or with finetune=True",
             )  # fmt: skip
-        found = filling.rankwise(source, names, layout, here, weights, optimizer if wants else None, options)
-        held.append((source, found))
+        planned = filling.rankwise(source, names, layout, here, weights, optimizer if wants else None, options)
+        held.append((source, planned))
         return here
 
     ranks = everyone.together(prepare)
@@ -103,8 +112,8 @@ def load(
             filling.restore_groups(optimizer, rankwise, beside.get("optimizer"), source.opened.path)
         if scheduler is not None and not finetune:
             _restore_scheduler(scheduler, beside, source)
-        loaded = _loaded(source, beside, finetune)
-        states.append((evolve(loaded, notes=(*loaded.notes, *notes)), beside))
+        loaded = _loaded(source, found, beside, finetune)
+        states.append((evolve(loaded, notes=(*found.notes, *notes)), beside))
         return loaded.iteration
 
     iterations = everyone.together(fill)
@@ -124,6 +133,18 @@ def load(
     for note in (*loaded.notes, *notes):
         warnings.warn(note, stacklevel=2)
     return evolve(loaded, random_states=restored, notes=(*loaded.notes, *notes))
+
+
+def _found(path: PathLike, iteration: int | None, non_persistent: PathLike | None) -> Found:
+    """The checkpoint that is meant. Raises CheckpointError where there is none that is whole."""
+    root = Path(os.path.realpath(local_path(path)))
+    run = Checkpoints(root)
+    second = None if non_persistent is None else Checkpoints(non_persistent)
+    if iteration is None and second is None and not run.present() and not (root / TRACKER).exists():
+        return Found(root, 0)
+    found = run.resume(iteration, non_persistent=second)
+    assert found is not None  # nothing to resume from is an error
+    return found
 
 
 def check_args(source: Source, args: Any) -> None:
@@ -156,14 +177,15 @@ def _beside(source: Source, rank: Rank, layout: Parallel) -> dict[str, Any]:
     return training(rank if fits else None)
 
 
-def _loaded(source: Source, beside: Mapping[str, Any], finetune: bool) -> Loaded:
+def _loaded(source: Source, found: Found, beside: Mapping[str, Any], finetune: bool) -> Loaded:
     args = beside.get("args")
     args = unpacked(args) if isinstance(args, argparse.Namespace) else argparse.Namespace()
     consumed = getattr(args, "consumed_train_samples", None)
     ours = beside.get(OURS) or {}
     return Loaded(
-        str(source.opened.path), source.spec.name, 0 if finetune else source.opened.iteration or 0, args,
-        0 if finetune else consumed, unpacked(ours.get("extra") or {}), False,
+        str(source.opened.path), source.spec.name,
+        0 if finetune or found.iteration == RELEASE else found.iteration or source.opened.iteration or 0, args,
+        0 if finetune else consumed, unpacked(ours.get("extra") or {}), False, found.persistent,
     )  # fmt: skip
 
 

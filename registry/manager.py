@@ -70,7 +70,8 @@ def _iteration(name: str) -> Iteration | None:
     return int(match[1]) if place(int(match[1])) == name else None
 
 
-def _valid(iteration: Iteration) -> Iteration:
+def valid(iteration: Iteration) -> Iteration:
+    """The iteration itself. Raises ArgumentError for what is none."""
     if iteration == RELEASE or (type(iteration) is int and iteration >= 0):
         return iteration
     raise ArgumentError(
@@ -146,7 +147,7 @@ class Checkpoints:
         """
         try:
             if iteration is not None:
-                return self._exactly(_valid(iteration), non_persistent)
+                return self._exactly(valid(iteration), non_persistent)
             found = self._latest() if non_persistent is None else self._newer(non_persistent)
             if found is None:
                 self._nothing(fresh)
@@ -247,7 +248,7 @@ class Checkpoints:
         An iteration that is there already is replaced as a whole. With `verify` it must pass the check before anybody
         sees it. Retention comes last; what it did is in the second value once the block has ended. Raises TargetError.
         """
-        _valid(iteration)
+        valid(iteration)
         pruned = Pruned()
         with self._alone():
             pruned.notes += leftovers.sweep(self.root)

@@ -116,6 +116,10 @@ class Parallel:
             return _expert_ranks(self.tp, self.ep, self.size("etp")).get((tp, ep), 0)
         return tp if dimension == "tp" else ep
 
+    def dense_ep(self, tp: int) -> int:
+        """The index along `ep` of the first rank with this index along `tp`, which keeps what others would repeat."""
+        return tp // self.size("etp") % self.ep
+
     def stages(self, layers: int) -> list[Stage]:
         """The stages in the order of the layers (chunk 0 of every rank, then chunk 1, ...). Raises ParallelError.
 

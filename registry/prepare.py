@@ -15,6 +15,7 @@ from registry.errors import ArgumentError, MappingError
 from registry.model import config_map, extension, format_rules, loose_facts, read_facts, rules_spec, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
+from registry.rows import flat_rules, is_chained, rows_of, without_repeats
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.states import is_state, with_states
@@ -132,7 +133,10 @@ def bound_target(
     choices = _choices(source, spec, options)
     kinds = [state for state in source.model.states if state in spec.states]
     rules = list(with_states(list(format_rules(spec, source.architecture)), spec, kinds))
+    rows = bool(kinds) and spec.flat is not None and spec.flat.written
+    rules = list(flat_rules(spec, rules, source.model)) if rows else rules
     target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
+    target = without_repeats(spec, source.model, parallel, target) if rows else target
     spare = source.architecture.spare
     if lost := [t for t in target.homeless if t not in spare and not (is_state(t) and not kinds)]:
         raise MappingError(
@@ -202,6 +206,8 @@ def request(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         source.opened.iteration if spec.parallel and source.spec.parallel else None,
         (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(), hub_config, source.opened.side_files,
         tuple(state for state in source.model.states if state in spec.states),
+        rows=rows_of(spec, source.model, prepared.parallel, prepared.target.slots),
+        chained=is_chained(spec, prepared.parallel, prepared.target.slots),
     )  # fmt: skip
     return asked, list(_unsaid(source, spec, document))
 

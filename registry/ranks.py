@@ -35,7 +35,8 @@ class _Failure:
     def of(error: Exception) -> _Failure:
         if isinstance(error, RegistryError):
             where, expected, found = (None if x is None else str(x) for x in (error.where, error.expected, error.found))
-            return _Failure(type(error).__name__, error.problem, where, expected, found, error.hint, error.details)
+            kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+            return _Failure(kind, error.problem, where, expected, found, error.hint, error.details)
         return _Failure("RegistryError", f"{type(error).__name__}: {error}", None, None, None, None, ())
 
     def error(self, who: str) -> RegistryError:
@@ -84,6 +85,8 @@ class Team:
 
     def together(self, call: Callable[[], T]) -> list[T]:
         """Every rank's result of its own call. If any failed, all raise the same error."""
+        if self.size == 1:
+            return [call()]
         failure, result, cause = None, None, None
         try:
             result = call()
@@ -113,20 +116,24 @@ def _listed(ranks: Any) -> str:
     return ", ".join(shown) + (", ..." if len(ranks) > len(shown) else "")
 
 
-_gloo: dict[int, Any] = {}
+_gloo: dict[tuple[Any, bool], Any] = {}
 
 
-def team(group: Any = None) -> Team:
-    """The ranks of a process group (default: all). Objects travel over gloo, which needs no device."""
+def team(group: Any = None, *, apart: bool = False) -> Team:
+    """The ranks of a process group (default: all). Objects travel over gloo, which needs no device.
+
+    `apart`: over connections of their own, which a thread may use while the training uses the others.
+    """
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
         return Team(None, 0, 1)
-    if group is None and "gloo" not in dist.get_backend():
-        world = id(dist.group.WORLD)
-        if world not in _gloo:
-            _gloo[world] = dist.new_group(backend="gloo")
-        group = _gloo[world]
+    if apart or (group is None and "gloo" not in dist.get_backend()):
+        key = dist.group.WORLD if group is None else group, apart
+        if key not in _gloo:
+            ranks = None if group is None else dist.get_process_group_ranks(group)
+            _gloo[key] = dist.new_group(ranks, backend="gloo", use_local_synchronization=group is not None)
+        group = _gloo[key]
     return Team(group, dist.get_rank(group), dist.get_world_size(group))
 
 

@@ -5,7 +5,7 @@ each weight what the optimizer holds of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from attrs import evolve
 
@@ -50,15 +50,27 @@ def pad_options(
 ) -> dict[str, int]:
     """The options that pad axes to just these sizes; none where the defaults do."""
     found: dict[str, int] = {}
+    for axis, option, names in _paddings(spec, architecture):
+        if axis in sizes:
+            step = math.prod(parallel.size(name) for name in names & parallel.env().keys())
+            if sizes[axis] % (step * spec.options[option].default):
+                found[option] = sizes[axis] // step
+    return found
+
+
+def padded_axes(spec: FormatSpec, architecture: ArchitectureSpec) -> set[str]:
+    """The axes that a format pads as far as an option says."""
+    return {axis for axis, _, _ in _paddings(spec, architecture)}
+
+
+def _paddings(spec: FormatSpec, architecture: ArchitectureSpec) -> Iterator[tuple[str, str, frozenset[str]]]:
+    """(axis, option, all names that its padding depends on)."""
     for _, rule in format_rules(spec, architecture):
         for axis, text in rule.pad.items():
-            names = expressions.parse(text).names
+            names = frozenset(expressions.parse(text).names)
             option = next((name for name in sorted(names) if name in spec.options), None)
-            if axis in sizes and option is not None:
-                step = math.prod(parallel.size(name) for name in names & parallel.env().keys())
-                if sizes[axis] % (step * spec.options[option].default):
-                    found[option] = sizes[axis] // step
-    return found
+            if option is not None:
+                yield axis, option, names
 
 
 def widened(source: Source, sizes: Mapping[str, int]) -> Source:

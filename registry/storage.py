@@ -106,11 +106,28 @@ class ObjectSlot(NamedTuple):
     whole: tuple[int, ...] = ()
 
 
+class Row(NamedTuple):
+    """A row of numbers in which slots lie one behind the other: the state `state` of one of a rank's flat buffers.
+
+    `buffer` counts the buffers of the optimizer `chain` of a rank; `dtype` is the type of the weights; `size` counts
+    elements; `members` are (slot, its first element).
+    """
+
+    rank: Rank
+    chain: int
+    buffer: int
+    dtype: str
+    state: str
+    size: int
+    members: tuple[tuple[int, int], ...]
+
+
 @frozen
 class Request:
     """All that a container needs to lay a checkpoint out; `states` are the kinds of optimizer state in the slots.
 
-    `common` is what a training run keeps beside its tensors, plain data with `registry.plain.TensorData` in it, and
+    `rows` hold the slots that have no place of their own, and `chained` says that experts have an optimizer of their
+    own. `common` is what a training run keeps beside its tensors, plain data with `registry.plain.TensorData` in it, and
     `payloads` what some of the objects hold.
     """
 
@@ -128,6 +145,8 @@ class Request:
     states: tuple[str, ...] = ()
     common: Mapping[str, Any] = field(factory=dict)
     payloads: Mapping[ObjectSlot, Any] = field(factory=dict)
+    rows: Sequence[Row] = ()
+    chained: bool = False
 
 
 @frozen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from registry import boxes, expressions
 from registry.boxes import Box
@@ -41,6 +41,19 @@ class Target:
     slots: list[Slot] = field(factory=list)
     objects: list[ObjectSlot] = field(factory=list)
     homeless: list[str] = field(factory=list)
+
+
+def kept(target: Target, keep: np.ndarray) -> Target:
+    """The slots where `keep` holds, and the groups that they are in."""
+    renumber = np.where(keep, np.cumsum(keep) - 1, -1)
+    groups = []
+    for group in target.groups:
+        own = renumber[group.members] >= 0
+        if own.any():
+            index = {axis: column[own] for axis, column in group.index.items()}
+            groups.append(evolve(group, members=renumber[group.members[own]], index=index))
+    slots = [slot for slot, held in zip(target.slots, keep, strict=True) if held]
+    return Target(groups, slots, target.objects, target.homeless)
 
 
 @frozen

@@ -1,0 +1,191 @@
+"""What each rank of a training run writes of a checkpoint: planned alike on all ranks, from what each says it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import evolve, frozen
+
+from registry import catalog
+from registry.announce import Announcement, Joined, joined
+from registry.errors import ArgumentError
+from registry.local import Key, Memory, OptimizerTensors, Shard
+from registry.manager import RELEASE, Iteration, place
+from registry.model import config_map
+from registry.parallel import Parallel
+from registry.plain import packed
+from registry.prepare import Prepared, fitted, prepare, request
+from registry.rankplan import Part, identity, owners, part, shipped
+from registry.rankwise import pad_options, padded_axes, ranks_spec, widened
+from registry.source import PathLike, understood
+from registry.states import MASTER, is_state
+from registry.storage import Laid, ObjectSlot, Opened, Rank, Slot
+
+if TYPE_CHECKING:
+    import torch
+
+#: What is ours in the common state: Megatron's readers leave it alone.
+OURS = "registry"
+RANDOM = "rng_state"
+
+
+@frozen(eq=False)
+class Run:
+    """The arguments of one save that say what is saved, and how; `args` and `common` are plain data."""
+
+    goal: Path
+    iteration: Iteration
+    format: str
+    names: str
+    parallel: Parallel
+    config: PathLike | Mapping[str, Any] | None
+    args: dict[str, Any]
+    architecture: str | None
+    options: Mapping[str, Any]
+    common: dict[str, Any]
+    consumed_samples: int | None
+
+
+def arguments(args: Any) -> dict[str, Any]:
+    """The arguments of a run as plain data, without those that are not: enumerations and the like."""
+    found: dict[str, Any] = {}
+    for name, value in (dict(args) if isinstance(args, Mapping) else vars(args) if args is not None else {}).items():
+        try:
+            found[name] = packed(value)
+        except ArgumentError:
+            continue
+    return found
+
+
+def common_state(state: OptimizerTensors | None, scheduler: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What lies beside the tensors, under Megatron's names."""
+    common: dict[str, Any] = {OURS: {"extra": packed(dict(extra or {}))}, "num_floating_point_operations_so_far": 0}
+    if scheduler is not None:
+        state_dict = getattr(scheduler, "state_dict", None)
+        common["opt_param_scheduler"] = packed(state_dict() if state_dict else scheduler, "scheduler")
+    if state is None:
+        return common
+    groups = [packed(group, f"param_groups[{i}]") for i, group in enumerate(state.groups)]
+    step = state.step
+    if MASTER in state.tensors:  # the form of a distributed optimizer
+        groups = [{**group, **({} if step is None else {"step": int(step)})} for group in groups]
+        common["optimizer"] = {
+            "optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"
+        }  # fmt: skip
+    else:
+        import torch
+
+        inner = {} if step is None else {"common_step": packed(torch.tensor(float(step)))}
+        common["optimizer"] = {"state": inner, "param_groups": groups}
+    return common
+
+
+@frozen(eq=False)
+class Work:
+    """All that one rank does of a save. `nested`: the format itself has a folder for each iteration."""
+
+    opened: Opened
+    holders: Sequence[int]
+    ship: dict[int, dict[int, int]]
+    part: Part
+    laid: Laid
+    nested: bool
+    notes: tuple[str, ...]
+
+
+def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard], me: int) -> Work:
+    """The plan, which is the same on every rank, and this rank's part of it."""
+    together = joined(said, run.parallel)
+    prepared, options = _prepared(together, run, shards, me)
+    asked, _ = request(prepared, options, None)
+    asked = evolve(asked, document=_document(asked.document, prepared, run))
+    first = owners(prepared.plan, together.pieces, asked.slots)
+    writer, slots = [], []
+    for slot, piece in zip(asked.slots, first, strict=True):
+        rank = slot.rank if prepared.spec.ranked or piece < 0 else together.pieces[piece].rank or Rank()
+        rank = rank if rank._replace(vpp=0) in together.writers else Rank()
+        writer.append(together.writers[rank._replace(vpp=0)])
+        slots.append(slot._replace(rank=rank._replace(vpp=slot.rank.vpp)))
+    payloads = _random(said, run.parallel, prepared.spec.ranked)
+    asked = evolve(
+        asked, slots=slots, objects=[*asked.objects, *payloads], payloads=payloads, common=run.common,
+        iteration=None if run.iteration == RELEASE else run.iteration,
+    )  # fmt: skip
+    laid = catalog.container(prepared.spec.container).lay_out(asked)
+    folder = f"{place(run.iteration)}/"
+    nested = all(file.path.startswith(folder) for file in laid.files)
+    if nested:  # what lies beside the folder is the tracker, which has its time
+        laid = evolve(
+            laid, files=[evolve(file, path=file.path.removeprefix(folder)) for file in laid.files],
+            small={n.removeprefix(folder): small for n, small in laid.small.items() if n.startswith(folder)},
+            copies={n.removeprefix(folder): path for n, path in laid.copies.items()},
+        )  # fmt: skip
+    ship = shipped(prepared.plan, together.holders, writer)
+    own = part(prepared.plan, slots, laid, writer, me)
+    return Work(prepared.source.opened, together.holders, ship, own, laid, nested, prepared.notes)
+
+
+def _prepared(together: Joined, run: Run, shards: Mapping[Key, Shard], me: int) -> tuple[Prepared, dict[str, Any]]:
+    """The shards of all ranks bound as a source, and the target planned."""
+    kinds = sorted({piece.name.split(".")[1] for piece in together.pieces if is_state(piece.name)})
+    spec, target = ranks_spec(run.names, kinds), catalog.format_spec(run.format)
+    if unknown := [kind for kind in kinds if kind not in target.states]:
+        raise ArgumentError(
+            f"{target.name} has no place for this optimizer's state", found=", ".join(unknown),
+            expected=", ".join(target.states) or "no optimizer state",
+            hint="save to a format that has one, or without optimizer=",
+        )  # fmt: skip
+    layout, _ = fitted(spec, run.parallel)
+    files = [
+        Memory(run.goal, _held(shards, piece.rank, piece.name) if holder == me else None)
+        for piece, holder in zip(together.pieces, together.holders, strict=True)
+    ]
+    document = run.args if run.config is None else {}  # the config says more than arguments do
+    opened = Opened(
+        run.goal, spec.name, files, together.pieces, document, parallel=layout
+    )  # fmt: skip
+    source = understood(
+        opened, spec, config=run.config, architecture=run.architecture, states=bool(kinds)
+    )  # fmt: skip
+    kept = padded_axes(target, source.architecture)
+    source = widened(source, {axis: n for axis, n in source.bound.padded.items() if axis in kept})
+    found, has = source.bound.variants, target.options
+    options: dict[str, Any] = {k: v for k, v in found.items() if k in has and v in has[k].choices}
+    options |= pad_options(target, source.architecture, source.bound.padded, run.parallel)
+    options |= run.options
+    prepared = prepare(source, run.format, parallel=run.parallel, options=options)
+    if run.format == run.names:
+        slots = [Slot(p.name, p.dtype, p.shape, p.rank or Rank()) for p in together.pieces]
+        prepared = evolve(prepared, plan=identity(together.pieces), target=evolve(prepared.target, slots=slots))
+    return prepared, options
+
+
+def _held(shards: Mapping[Key, Shard], rank: Rank | None, name: str) -> torch.Tensor:
+    """The memory of a tensor of this process, in rows on the CPU."""
+    return shards[Key((rank or Rank()).vpp, name)].tensor.cpu().contiguous()
+
+
+def _document(written: Mapping[str, Any], prepared: Prepared, run: Run) -> dict[str, Any]:
+    """The run's own arguments, but for those that say what the model and the layout are."""
+    fields = config_map(prepared.spec, prepared.source.architecture)
+    ours = {path for name in fields.facts for path in fields.paths(name)} | fields.write.keys()
+    own = {name: value for name, value in run.args.items() if name not in ours or name not in written}
+    consumed = {} if run.consumed_samples is None else {"consumed_train_samples": run.consumed_samples}
+    return {**written, **own, **consumed}
+
+
+def _random(said: Sequence[Announcement], parallel: Parallel, ranked: bool) -> dict[ObjectSlot, Any]:
+    """The random states of each pipeline and tensor rank: a list of those of its data-parallel ranks."""
+    found: dict[ObjectSlot, Any] = {}
+    if said[0].random is None:
+        return found
+    for one in said:
+        own = [other.random for other in said if (other.rank.tp, other.rank.pp) == (one.rank.tp, one.rank.pp)]
+        if ranked:
+            found[ObjectSlot(RANDOM, one.rank)] = own
+        else:
+            at = Rank(one.rank.tp, one.rank.pp)
+            found[ObjectSlot(RANDOM, at, (at.pp, at.tp), (parallel.pp, parallel.tp))] = own
+    return found

@@ -15,8 +15,8 @@ from registry.errors import CheckpointError
 from registry.parallel import Parallel
 from registry.storage import Request
 
+from . import param_groups, torchzip
 from . import plain as plain_data
-from . import torchzip
 from .pickles import Global, attributes
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -128,13 +128,18 @@ def common_state(request: Request) -> dict[str, Any]:
     document["decoder_first_pipeline_num_layers"] = counts[0] if counts and len(set(counts)) > 1 else None
     document["decoder_last_pipeline_num_layers"] = counts[-1] if counts and len(set(counts)) > 1 else None
     document["pipeline_model_parallel_layout"] = None
-    return {
+    state = {
         "args": _NAMESPACE.new(state=document),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": request.iteration or 0,
         **(_carried(request) if request.states else {}),
         **plain_data.nodes(dict(request.common)),
     }
+    if state.get("optimizer") is not None:
+        state["optimizer"] = param_groups.written(
+            state["optimizer"], chained=request.chained, masters="master" in request.states, ranks=bool(request.rows)
+        )  # fmt: skip
+    return state
 
 
 #: What of the common state belongs to the optimizer and its schedule.
@@ -143,7 +148,8 @@ _TRAINING = ("optimizer", "opt_param_scheduler", "num_floating_point_operations_
 
 def training(common: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """What a common state says of the optimizer, with its tensors read. Raises CheckpointError."""
-    return {key: plain(common[key], where) for key in _TRAINING if key in common}
+    own = {**common, "optimizer": param_groups.without_tensors(common.get("optimizer"))}
+    return {key: plain(own[key], where) for key in _TRAINING if common.get(key) is not None}
 
 
 def plain(value: Any, where: Path) -> Any:

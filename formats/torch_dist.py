@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
+from registry.plain import TensorData
 from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Rank, Request, Slot
 
 from . import documents, megatron_dirs, plain, torchzip
@@ -31,7 +32,14 @@ _DCP = "torch.distributed.checkpoint.metadata"
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / METADATA).is_file() or (path.is_dir() and any(path.glob("__*.distcp")))
+    if not (path / METADATA).is_file():
+        return path.is_dir() and any(path.glob("__*.distcp"))
+    return not is_plain(path)
+
+
+def is_plain(path: Path) -> bool:
+    """Is this what torch's own save writes, without what Megatron has beside it?"""
+    return (path / METADATA).is_file() and not (path / "metadata.json").exists() and not (path / COMMON).exists()
 
 
 class Container:
@@ -44,27 +52,8 @@ class Container:
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read the metadata and the head of every item. Raises CheckpointError."""
         path = megatron_dirs.directory(path, _is_checkpoint, "torch_dist checkpoint")
-        where = path / METADATA
-        if not where.is_file():
-            raise CheckpointError(
-                "the metadata is missing", where=where, expected=METADATA, found="only .distcp files",
-                hint="it is written last: the save did not end, or a copy left hidden files out",
-            )  # fmt: skip
-        if where.stat().st_size > _MAX_METADATA:
-            raise CheckpointError(
-                "metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes",
-                found=f"{where.stat().st_size} bytes", hint=_AGAIN,
-            )  # fmt: skip
-        metadata = loads(where.read_bytes(), where=str(where))
-        stored = attr(metadata, "storage_data")
-        tensors = attr(metadata, "state_dict_metadata")
-        if not isinstance(stored, dict) or not isinstance(tensors, dict):
-            raise CheckpointError(
-                "not the metadata of a checkpoint", where=where, expected="dictionaries of tensors and places",
-                found=f"{brief(tensors)} and {brief(stored)}", hint=_AGAIN,
-            )  # fmt: skip
-        items = _items(path, stored)
-        pieces, entries = _pieces(path, tensors, items)
+        metadata, items = read_metadata(path)
+        pieces, entries = read_pieces(path, attr(metadata, "state_dict_metadata"), items)
         unflatten(path / METADATA, pieces, attr(metadata, "mcore_data", None))
         common = _state(path, items)
         carried = [name for name in entries if _KEPT.fullmatch(name)]
@@ -81,7 +70,7 @@ class Container:
     def lay_out(self, request: Request) -> Laid:
         """One .distcp a rank that owns anything, in the form that megatron-core 0.16 and current releases both read."""
         root = megatron_dirs.place(request)
-        writer = _Writer(request, root)
+        writer = Writer(request, f"{root}/")
         small, copies = documents.carry(request, f"{root}/")
         small |= megatron_dirs.tracker(request)
         small[f"{root}/{METADATA}"] = writer.metadata
@@ -94,7 +83,31 @@ class Container:
         return Laid(writer.files, writer.places, small, copies, seal=writer.seal)
 
 
-class _Items:
+def read_metadata(path: Path) -> tuple[Any, Items]:
+    """`.metadata` as inert nodes, and where each item lies. Raises CheckpointError."""
+    where = path / METADATA
+    if not where.is_file():
+        raise CheckpointError(
+            "the metadata is missing", where=where, expected=METADATA, found="only .distcp files",
+            hint="it is written last: the save did not end, or a copy left hidden files out",
+        )  # fmt: skip
+    if where.stat().st_size > _MAX_METADATA:
+        raise CheckpointError(
+            "metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes",
+            found=f"{where.stat().st_size} bytes", hint=_AGAIN,
+        )  # fmt: skip
+    metadata = loads(where.read_bytes(), where=str(where))
+    stored = attr(metadata, "storage_data")
+    tensors = attr(metadata, "state_dict_metadata")
+    if not isinstance(stored, dict) or not isinstance(tensors, dict):
+        raise CheckpointError(
+            "not the metadata of a checkpoint", where=where, expected="dictionaries of tensors and places",
+            found=f"{brief(tensors)} and {brief(stored)}", hint=_AGAIN,
+        )  # fmt: skip
+    return metadata, _items(path, stored)
+
+
+class Items:
     """Where each item lies: (name, offsets or None) -> (file index, offset, length)."""
 
     def __init__(self) -> None:
@@ -102,8 +115,8 @@ class _Items:
         self.where: dict[tuple[str, tuple[int, ...] | None], tuple[int, int, int]] = {}
 
 
-def _items(path: Path, stored: dict[Any, Any]) -> _Items:
-    items = _Items()
+def _items(path: Path, stored: dict[Any, Any]) -> Items:
+    items = Items()
     index: dict[str, int] = {}
     sizes: list[int] = []
     for key, info in stored.items():
@@ -146,7 +159,7 @@ def _items(path: Path, stored: dict[Any, Any]) -> _Items:
     return items
 
 
-def _pieces(path: Path, tensors: dict[Any, Any], items: _Items) -> tuple[list[Piece], list[str]]:
+def read_pieces(path: Path, tensors: dict[Any, Any], items: Items) -> tuple[list[Piece], list[str]]:
     pieces: list[Piece] = []
     entries: list[str] = []
     handles: dict[int, int] = {}
@@ -172,7 +185,7 @@ def _pieces(path: Path, tensors: dict[Any, Any], items: _Items) -> tuple[list[Pi
 
 def _piece(
     path: Path, name: str, size: tuple[int, ...], origin: tuple[int, ...], shape: tuple[int, ...],
-    items: _Items, handles: dict[int, int],
+    items: Items, handles: dict[int, int],
 ) -> Piece:  # fmt: skip
     if any(o + n > whole for o, n, whole in zip(origin, shape, size, strict=True)):
         raise CheckpointError(
@@ -200,16 +213,25 @@ def _piece(
     return Piece(name, ref.dtype, shape, file, ref.offset, None, origin, size, strides)
 
 
-def _state(path: Path, items: _Items) -> dict[str, Any]:
+def read_object(path: Path, items: Items, name: str) -> tuple[Any, Path]:
+    """What an item without a tensor holds, as inert nodes, and the file that it is in."""
+    file, offset, length = items.where[name, None]
+    where = path / items.files[file]
+    return torchzip.read(where, base=offset, length=length, where=str(where)).load(), where
+
+
+def _unwrapped(loaded: Any) -> Any:
+    """Megatron stores an object as a list of one."""
+    return loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
+
+
+def _state(path: Path, items: Items) -> dict[str, Any]:
     """The common state, of the generation with common.pt or the one with an object among the items."""
     common: object = {}
     if (path / COMMON).is_file():
         common = torchzip.read(path / COMMON, where=str(path / COMMON)).load()
     elif (_COMMON_ITEM, None) in items.where:
-        file, offset, length = items.where[_COMMON_ITEM, None]
-        where = str(path / items.files[file])
-        loaded = torchzip.read(where, base=offset, length=length, where=where).load()
-        common = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
+        common = _unwrapped(read_object(path, items, _COMMON_ITEM)[0])
     if not isinstance(common, dict):
         raise CheckpointError(
             "the common state is no dictionary", where=path / COMMON, expected="a dictionary", found=brief(common),
@@ -223,52 +245,51 @@ _KEPT = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\
 _GROUPS = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
 
 
-def _training(path: Path, items: _Items, common: dict[str, Any]) -> dict[str, Any]:
+def _training(path: Path, items: Items, common: dict[str, Any]) -> dict[str, Any]:
     """What the common state says of optimizer and schedule, and what the flat form keeps of it as objects."""
-    found = megatron_dirs.training(common, path / COMMON)
+    return {**megatron_dirs.training(common, path / COMMON), **_flat_optimizer(path, items)}
+
+
+def _flat_optimizer(path: Path, items: Items) -> dict[str, Any]:
+    """The `optimizer` entry that the flat form has as objects; nothing for other forms."""
     chains: dict[int, dict[str, Any]] = defaultdict(dict)
     for name, origin in items.where:
         if origin is None and (match := _GROUPS.fullmatch(name)):
-            file, offset, length = items.where[name, None]
-            where = str(path / items.files[file])
-            loaded = torchzip.read(where, base=offset, length=length, where=where).load()
-            inner = loaded[0] if isinstance(loaded, list) and len(loaded) == 1 else loaded
-            chains[int(match[1] or 0)][match[2]] = megatron_dirs.plain(inner, Path(where))
-    if chains:
-        own = {n: {**state, "param_state_sharding_type": "fully_reshardable"} for n, state in sorted(chains.items())}
-        found["optimizer"] = own[0] if len(own) == 1 else own
-    return found
+            loaded, where = read_object(path, items, name)
+            chains[int(match[1] or 0)][match[2]] = megatron_dirs.plain(_unwrapped(loaded), where)
+    own = {n: {**state, "param_state_sharding_type": "fully_reshardable"} for n, state in sorted(chains.items())}
+    return {"optimizer": own[0] if len(own) == 1 else own} if own else {}
 
 
 _RANDOM = re.compile(r"rng_state/shard_(\d+)\.(\d+)(?:\.(\d+))?_\d+\.\d+(?:\.\d+)?")
 
 
-def _beside(path: Path, items: _Items, common: dict[str, Any], rank: Rank | None) -> dict[str, Any]:
+def _beside(path: Path, items: Items, common: dict[str, Any], rank: Rank | None) -> dict[str, Any]:
     """The common state, and of a rank its random states: a list of one for each data-parallel rank, or of one for all.
 
     The axes of `rng_state` are pipeline and tensor rank; with experts, 0.16 has the data-parallel rank as a third.
     """
-    found: dict[str, Any] = plain.plain(common, path / COMMON)
+    found: dict[str, Any] = {**plain.plain(common, path / COMMON), **_flat_optimizer(path, items)}
     states: dict[int, Any] = {}
     for name, origin in items.where:
         match = _RANDOM.fullmatch(name) if origin is None and rank is not None else None
         if match and rank is not None and (int(match[1]), int(match[2])) == (rank.pp, rank.tp):
-            file, offset, length = items.where[name, None]
-            where = str(path / items.files[file])
-            loaded = torchzip.read(where, base=offset, length=length, where=where).load()
-            inner = plain.plain(loaded, Path(where))
-            states[int(match[3] or 0)] = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
+            loaded, where = read_object(path, items, name)
+            states[int(match[3] or 0)] = _unwrapped(plain.plain(loaded, where))
     if states:
         rows = [state if isinstance(state, list) else [state] for _, state in sorted(states.items())]
         found["rng_state"] = [one for row in rows for one in row]
     return found
 
 
-class _Writer:
-    """Lays the items out, rank by rank: objects first, then tensors, as torch's own writer does."""
+class Writer:
+    """Lays the items out, rank by rank: objects first, then tensors, as torch's own writer does.
 
-    def __init__(self, request: Request, root: str) -> None:
-        self.request = request
+    `paths` gives, for checkpoints of nested state dicts, where in them each name stands.
+    """
+
+    def __init__(self, request: Request, root: str, paths: Mapping[str, tuple[str | int, ...]] | None = None) -> None:
+        self.request, self.paths = request, paths
         self.files: list[FilePlan] = []
         self.places = [(0, 0)] * len(request.slots)
         self.skeletons: list[torchzip.Skeleton] = [torchzip.tensor_item(s.dtype, s.shape) for s in request.slots]
@@ -284,7 +305,7 @@ class _Writer:
             number = (thing.rank.pp * p.ep + thing.rank.ep) * p.tp + thing.rank.tp
             by_rank[number][kind].append(i)
         for number in sorted(by_rank):
-            self.rank_file(f"{root}/__{number}_0.distcp", *by_rank[number])
+            self.rank_file(f"{root}__{number}_0.distcp", *by_rank[number])
 
     def rank_file(self, path: str, objects: Sequence[int], slots: Sequence[int]) -> None:
         """Lay out one rank's file."""
@@ -295,7 +316,8 @@ class _Writer:
             entry = self.request.objects[i]
             blob = self.empty
             if entry in self.request.payloads:
-                blob = torchzip.whole(torchzip.layout([plain.nodes(self.request.payloads[entry])]))
+                value = plain.nodes(self.request.payloads[entry])
+                blob = torchzip.whole(torchzip.layout([value] if self.paths is None else value))
             literals.append((cursor, blob))
             self.items.append((entry, name, cursor, len(blob)))
             cursor += len(blob)
@@ -317,19 +339,24 @@ class _Writer:
             if isinstance(entry, ObjectSlot):
                 origin, whole = (entry.origin, entry.whole) if entry.whole else ((0,), (1,))
                 key = f"{entry.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
+                value = self.request.payloads.get(entry)
+                if self.paths is not None and isinstance(value, TensorData):
+                    tensors[entry.name] = _tensor_node(value.dtype, value.shape)
+                    tensors[entry.name].state["chunks"].append(_chunk((0,) * len(value.shape), value.shape))
+                    stored[_index(entry.name, Size((0,) * len(value.shape)))] = info
+                    continue
+                key = key if self.paths is None else entry.name
                 tensors[key] = _node("BytesStorageMetadata", {})
                 stored[_index(key, None)] = info
                 continue
             at = Size(entry.origin if entry.origin is not None else (0,) * len(entry.shape))
             whole = entry.whole if entry.whole is not None else entry.shape
             if entry.name not in tensors:
-                state = {"properties": _properties(entry.dtype), "size": Size(whole), "chunks": []}
-                tensors[entry.name] = _node("TensorStorageMetadata", state)
-            chunk = _node("ChunkStorageMetadata", {"offsets": at, "sizes": Size(entry.shape)})
-            tensors[entry.name].state["chunks"].append(chunk)
+                tensors[entry.name] = _tensor_node(entry.dtype, whole)
+            tensors[entry.name].state["chunks"].append(_chunk(at, entry.shape))
             stored[_index(entry.name, at)] = info
         state = {
-            "state_dict_metadata": tensors, "planner_data": None, "storage_data": stored,
+            "state_dict_metadata": tensors, "planner_data": self.paths, "storage_data": stored,
             "storage_meta": None, "version": "1.0.0",
         }  # fmt: skip
         return dumps(_node("Metadata", state), protocol=2)
@@ -346,6 +373,14 @@ class _Writer:
 
 def _node(name: str, state: dict[str, Any], module: str = _DCP) -> Call:
     return Global(module, name).new(state=state)
+
+
+def _tensor_node(dtype: str, size: Sequence[int]) -> Call:
+    return _node("TensorStorageMetadata", {"properties": _properties(dtype), "size": Size(size), "chunks": []})
+
+
+def _chunk(at: Sequence[int], size: Sequence[int]) -> Call:
+    return _node("ChunkStorageMetadata", {"offsets": Size(at), "sizes": Size(size)})
 
 
 def _index(name: str, offset: Size | None) -> Call:

@@ -9,17 +9,20 @@ import itertools
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attrs import frozen
+
+from registry.crc import combine
 from registry.errors import CheckpointError
 from registry.parallel import Parallel
-from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
+from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request, Row, slot_bytes
 
-from . import documents, megatron_dirs, plain, torchzip
-from .pickles import brief
+from . import documents, megatron_dirs, param_groups, plain, torchzip
+from .pickles import Global, brief
 
 FILE = "model_optim_rng.pt"
 FLAT = "distrib_optim.pt"
@@ -52,61 +55,118 @@ class Container:
         parallel = _check_ranks(path, parallel, ranks)
         pieces: list[Piece] = []
         entries: list[str] = []
+        groups: dict[tuple[Rank, int], list[dict[str, Any]]] = {}
         files = [p / FILE for p in states]
         for i, (directory, state) in enumerate(states.items()):
             _read_model(directory / FILE, state, i, ranks[directory], pieces, entries)
+            pieces += _listed(state.get("optimizer"), i, ranks[directory], groups)
         for directory in states:
             if (directory / FLAT).is_file():
                 pieces += _flat(directory / FLAT, len(files), ranks[directory], parallel)
                 files.append(directory / FLAT)
         training = megatron_dirs.training(first, next(iter(states)) / FILE)
-        if isinstance(training.get("optimizer"), dict) and "state" not in training["optimizer"]:
-            training["optimizer"] |= {"param_state_sharding_type": "fully_reshardable"}
+        carried = [name for name in entries if name.startswith("optimizer (")]
         opened = Opened(
             path, spec_name, files, pieces, arguments, parallel=parallel,
             iteration=megatron_dirs.iteration(path, first), entries=sorted(set(entries)),
-            state={"training": training, "carried": [name for name in entries if name.startswith("optimizer (")]},
+            state={"training": training, "carried": carried, "groups": groups},
         )  # fmt: skip
         opened.training = partial(_beside, {rank: directory / FILE for directory, rank in ranks.items()})
         documents.read_carried(opened)
         return opened
 
     def lay_out(self, request: Request) -> Laid:
-        """One archive a rank, the model under `model`, or under `model0`, `model1`, ... with virtual stages."""
+        """One archive a rank, the model under `model`, or under `model0`, `model1`, ... with virtual stages.
+
+        The rows of an optimizer are in an archive beside it.
+        """
         root = megatron_dirs.place(request)
         members: dict[Rank, list[int]] = defaultdict(list)
         objects: dict[Rank, list[str]] = defaultdict(list)
+        in_rows = {i for row in request.rows for i, _ in row.members}
         for i, slot in enumerate(request.slots):
-            members[slot.rank._replace(vpp=0)].append(i)
+            if i not in in_rows:
+                members[slot.rank._replace(vpp=0)].append(i)
         for entry in request.objects:
             objects[entry.rank._replace(vpp=0)].append(entry.name)
+        rows: dict[Rank, list[Row]] = defaultdict(list)
+        for row in request.rows:
+            rows[row.rank].append(row)
         files: list[FilePlan] = []
-        sealed: list[tuple[torchzip.Skeleton, dict[int, int], dict[int, int]]] = []
+        seals: list[Callable[[Sequence[int]], Iterator[tuple[int, bytes]]]] = []
         places = [(0, 0)] * len(request.slots)
-        p = request.parallel
-        for rank in _ranks(p):
-            skeleton, slot_of = _archive(request, rank, members[rank])
-            literals, crcs = list(skeleton.literals), {}
-            for k, (tensor, offset) in enumerate(skeleton.tensors):
-                if k in slot_of:
-                    places[slot_of[k]] = (len(files), offset)
-                elif tensor.data:
-                    literals.append((offset, tensor.data))
-                    crcs[k] = zlib.crc32(tensor.data)
-            path = f"{root}/{_name(rank, request.parallel)}/{FILE}"
-            files.append(FilePlan(path, skeleton.size, sorted(literals)))
-            sealed.append((skeleton, slot_of, crcs))
+
+        def add(path: str, archive: _Archive) -> None:
+            for i, at in archive.places.items():
+                places[i] = (len(files), at)
+            files.append(FilePlan(path, archive.skeleton.size, archive.literals))
+            seals.append(archive.seal)
+
+        for rank in _ranks(request.parallel):
+            folder = f"{root}/{_name(rank, request.parallel)}"
+            add(f"{folder}/{FILE}", _archive(request, rank, members[rank]))
+            if rows[rank] or (request.rows and request.chained):
+                add(f"{folder}/{FLAT}", _flat_archive(request, rows[rank]))
         small, copies = documents.carry(request, f"{root}/")
         small |= megatron_dirs.tracker(request)
 
         def seal(crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
-            return [
-                (file, at, data)
-                for file, (skeleton, slot_of, own) in enumerate(sealed)
-                for at, data in skeleton.crc_patches({k: crcs[i] for k, i in slot_of.items()} | own)
-            ]
+            return [(file, at, data) for file, own in enumerate(seals) for at, data in own(crcs)]
 
         return Laid(files, places, small, copies, seal=seal)
+
+
+@frozen(eq=False)
+class _Archive:
+    """A torch.save archive to write, and which slots lie in which of its tensors: (slot, its first byte there)."""
+
+    skeleton: torchzip.Skeleton
+    held: Mapping[int, Sequence[tuple[int, int, int]]]  # tensor -> (slot, first byte, bytes)
+
+    @property
+    def places(self) -> dict[int, int]:
+        """Where each slot begins in the archive."""
+        tensors = self.skeleton.tensors
+        return {i: tensors[k][1] + first for k, slots in self.held.items() for i, first, _ in slots}
+
+    @property
+    def literals(self) -> list[tuple[int, bytes]]:
+        """All bytes that are known before those of the slots."""
+        own = [(at, tensor.data) for tensor, at in self.skeleton.tensors if tensor.data]
+        return sorted([*self.skeleton.literals, *own])
+
+    def seal(self, crcs: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """The CRC32 fields, given those of all slots."""
+        sums = {k: zlib.crc32(tensor.data) for k, (tensor, _) in enumerate(self.skeleton.tensors) if tensor.data}
+        for k, slots in self.held.items():
+            sums[k] = combine(_parts(slots, crcs, self.skeleton.tensors[k][0].nbytes))
+        yield from self.skeleton.crc_patches(sums)
+
+
+def _parts(slots: Sequence[tuple[int, int, int]], crcs: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """(CRC32, bytes) of what lies one behind the other in a tensor: slots, and zeros between them."""
+    end = 0
+    for i, first, nbytes in (*slots, (-1, size, 0)):
+        if first > end:
+            yield zlib.crc32(bytes(first - end)), first - end
+        if nbytes:
+            yield crcs[i], nbytes
+        end = first + nbytes
+
+
+def _flat_archive(request: Request, rows: Sequence[Row]) -> _Archive:
+    """The distributed optimizer's rows of one rank; in a chain, None for what another rank keeps."""
+    reduced = bool(request.document.get("grad_reduce_in_bf16"))
+    chain: list[dict[Any, Any] | None] = [None, {"buckets_coalesced": True}] if request.chained else [None]
+    held: dict[int, list[tuple[int, int, int]]] = {}
+    for row in rows:
+        optimizer = chain[row.chain] = chain[row.chain] or {"buckets_coalesced": True}
+        types = Global("torch", row.dtype), Global("torch", row.dtype if reduced else "float32")
+        states = optimizer.setdefault(row.buffer, {}).setdefault(types, {"numel_unpadded": row.size})
+        tensor = states[row.state] = torchzip.NewTensor("float32", (row.size,))
+        held[id(tensor)] = [(i, 4 * at, slot_bytes(request.slots[i])) for i, at in row.members]
+    skeleton = torchzip.layout(chain if request.chained else chain[0], prefix=FLAT.removesuffix(".pt"))
+    return _Archive(skeleton, {k: held[id(tensor)] for k, (tensor, _) in enumerate(skeleton.tensors)})
 
 
 def _name(rank: Rank, parallel: Parallel) -> str:
@@ -115,8 +175,8 @@ def _name(rank: Rank, parallel: Parallel) -> str:
     return f"mp_rank_{rank.tp:02d}{pp}{ep}"
 
 
-def _archive(request: Request, rank: Rank, members: Sequence[int]) -> tuple[torchzip.Skeleton, dict[int, int]]:
-    """The archive of one rank, and which of its tensors is which slot."""
+def _archive(request: Request, rank: Rank, members: Sequence[int]) -> _Archive:
+    """The archive of one rank's model, and of what lies beside it."""
     chunks: dict[int, dict[str, Any]] = {vpp: {} for vpp in range(request.parallel.vpp)}
     new: dict[int, torchzip.NewTensor] = {}
     for i in members:
@@ -133,14 +193,16 @@ def _archive(request: Request, rank: Rank, members: Sequence[int]) -> tuple[torc
     for vpp, chunk in chunks.items():
         state["model" if len(chunks) == 1 else f"model{vpp}"] = chunk
     skeleton = torchzip.layout(state, prefix="model_optim_rng")
-    slot_of = {id(tensor): i for i, tensor in new.items()}
-    return skeleton, {k: slot_of[id(t)] for k, (t, _) in enumerate(skeleton.tensors) if id(t) in slot_of}
+    slot_of = {id(tensor): (i, 0, tensor.nbytes) for i, tensor in new.items()}
+    return _Archive(skeleton, {k: [slot_of[id(t)]] for k, (t, _) in enumerate(skeleton.tensors) if id(t) in slot_of})
 
 
 def _beside(files: Mapping[Rank, Path], rank: Rank | None) -> dict[str, Any]:
     """What a rank's file holds beside its model; the first rank's, for what all share."""
+    rank = rank if rank in files else None
     path = files[rank or min(files)]
     state = {key: value for key, value in _load(path).items() if not re.fullmatch(r"model\d*", str(key))}
+    state["optimizer"] = param_groups.without_tensors(state.get("optimizer"))
     found: dict[str, Any] = plain.plain(state, path)
     if rank is None:
         found.pop("rng_state", None)
@@ -208,21 +270,45 @@ def _ranks(parallel: Parallel) -> list[Rank]:
 def _flat(path: Path, file: int, rank: Rank, parallel: Parallel) -> list[Piece]:
     """The distributed optimizer's flat buffers of one rank, by the names that they have in torch_dist checkpoints.
 
-    {gradient buffer: {(types): {"param", "exp_avg", "exp_avg_sq": a row, ...}}}; with experts, a list of such, which
-    depends on more than this file: it stays behind.
+    {gradient buffer: {(types): {"param", "exp_avg", "exp_avg_sq": a row, ...}}}; where experts have an optimizer of
+    their own, a list of two such, in which None stands for what the file of another rank has.
     """
-    state: dict[Any, Any] = _load(path) if parallel.ep == 1 else {}
-    group = rank.pp * parallel.tp + rank.tp
+    loaded = torchzip.read(path, where=str(path)).load()
+    etp = parallel.size("etp")
+    experts = (rank.pp * parallel.ep + rank.ep) * etp + parallel.index("etp", rank.tp, rank.ep)
     pieces: list[Piece] = []
-    for buffer, by_types in state.items():
-        if type(buffer) is int and isinstance(by_types, dict):
-            for types, rows in by_types.items():
+    for chain, state in enumerate(loaded) if isinstance(loaded, list) else [(-1, loaded)]:
+        begin = f"chained_{chain}." if chain >= 0 else ""
+        group = experts if chain > 0 else rank.pp * parallel.tp + rank.tp
+        for buffer, by_types in state.items() if isinstance(state, dict) else ():
+            for types, rows in by_types.items() if type(buffer) is int and isinstance(by_types, dict) else ():
                 shown = (
                     ", ".join(f"torch.{getattr(t, 'name', t)}" for t in types) if isinstance(types, tuple) else types
                 )
-                head = f"optimizer.distributed.dp_group_idx_{group}.gbuf_idx_{buffer}.dtype_({shown}).bucket_idx_0."
-                pieces += _rows(head, rows, file, rank)
+                head = f"{begin}optimizer.distributed.dp_group_idx_{group}.gbuf_idx_{buffer}"
+                pieces += _rows(f"{head}.dtype_({shown}).bucket_idx_0.", rows, file, rank)
     return pieces
+
+
+def _listed(entry: Any, file: int, rank: Rank, groups: dict[tuple[Rank, int], list[dict[str, Any]]]) -> Iterator[Piece]:
+    """The state of optimizers without flat buffers: of each parameter group, tensors in the order of its parameters."""
+    found = param_groups.parts(entry)
+    for chain, part in enumerate(found):
+        own = param_groups.inner(part)
+        begin = f"chained_{chain}." if len(found) > 1 else ""
+        groups[rank, chain] = [dict(group) for group in own.get("param_groups", []) if isinstance(group, dict)]
+        masters = next((part[key] for key in ("fp32_from_fp16_params", "fp32_from_fp16") if key in part), ())
+        state = own.get("state") or {}
+        for g, group in enumerate(groups[rank, chain]):
+            lists: dict[str, Any] = {"fp32": masters[g] if g < len(masters) else ()}
+            entries = [state.get(index) for index in group.get("params", [])]
+            lists |= {kind: [(one or {}).get(kind) for one in entries] for kind in ("exp_avg", "exp_avg_sq")}
+            for kind, tensors in lists.items():
+                for place, value in enumerate(tensors):
+                    if isinstance(value, torchzip.TensorRef):
+                        strides = None if value.is_contiguous else value.stride
+                        name = f"{begin}optimizer.group_{g}.param_{place}.{kind}"
+                        yield Piece(name, value.dtype, value.shape, file, value.offset, rank, strides=strides)
 
 
 def _rows(head: str, rows: object, file: int, rank: Rank) -> list[Piece]:

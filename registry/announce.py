@@ -14,7 +14,7 @@ from registry.parallel import Parallel
 from registry.plain import packed
 from registry.problems import collapse
 from registry.ranks import check_ranks
-from registry.storage import Piece, Rank
+from registry.storage import Piece, Rank, slot_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -68,12 +68,23 @@ def named(weights: Mapping[Key, torch.Tensor], state: OptimizerTensors) -> dict[
 
 @frozen(eq=False)
 class Joined:
-    """All ranks' tensors: piece i is held by process `holders[i]`; `writers` is the first process of each rank."""
+    """All ranks' tensors: piece i is held by the processes `held[i]`; `writers` is the first process of each rank."""
 
     pieces: list[Piece]
-    holders: list[int]
+    held: list[list[int]]
     writers: dict[Rank, int]
     step: float | None
+
+    def suppliers(self, *, spread: bool) -> list[int]:
+        """The process that each piece is taken from: the first that holds it, or such that all have as much to do."""
+        if not spread:
+            return [processes[0] for processes in self.held]
+        found, load = [0] * len(self.pieces), [0] * (1 + max(map(max, self.held), default=0))
+        sizes = [slot_bytes(piece) for piece in self.pieces]
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            found[i] = min(self.held[i], key=load.__getitem__)
+            load[found[i]] += sizes[i]
+        return found
 
 
 def joined(said: Sequence[Announcement], parallel: Parallel) -> Joined:
@@ -81,16 +92,17 @@ def joined(said: Sequence[Announcement], parallel: Parallel) -> Joined:
     _check(said)
     check_ranks(parallel, [one.rank for one in said])
     writers: dict[Rank, int] = {}
-    first: dict[tuple[Rank, str, tuple[int, ...] | None], tuple[int, Entry]] = {}
+    first: dict[tuple[Rank, str, tuple[int, ...] | None], tuple[list[int], Entry]] = {}
     differ: list[str] = []
     for i, one in enumerate(said):
         writers.setdefault(one.rank, i)
         for entry in one.entries:
             key = one.rank._replace(vpp=entry.chunk), entry.name, entry.origin
-            holder, other = first.setdefault(key, (i, entry))
+            held, other = first.setdefault(key, ([], entry))
+            held.append(i)
             if other != entry:
                 differ.append(
-                    f"{entry.name}: {other.dtype} {other.shape} on rank {holder}, {entry.dtype} {entry.shape} on {i}"
+                    f"{entry.name}: {other.dtype} {other.shape} on rank {held[0]}, {entry.dtype} {entry.shape} on {i}"
                 )
     _check_replicas(said, differ)
     pieces = [
@@ -98,7 +110,7 @@ def joined(said: Sequence[Announcement], parallel: Parallel) -> Joined:
         for n, ((rank, _, _), (_, e)) in enumerate(first.items())
     ]
     steps = {one.step for one in said if one.step is not None}
-    return Joined(pieces, [holder for holder, _ in first.values()], writers, next(iter(steps), None))
+    return Joined(pieces, [held for held, _ in first.values()], writers, next(iter(steps), None))
 
 
 def _check(said: Sequence[Announcement]) -> None:

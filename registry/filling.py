@@ -20,12 +20,13 @@ from registry.plain import unpacked
 from registry.planning import make_plan
 from registry.prepare import bound_target, fitted, merged_options
 from registry.problems import collapse
-from registry.rankwise import pad_options, padded_sizes, ranks_spec, widened
+from registry.rankwise import NO_MASTER, pad_options, padded_sizes, ranks_spec, widened, without_master
 from registry.source import Source
 from registry.specs import FormatSpec
 from registry.states import MASTER
 from registry.storage import Rank, Slot, slot_bytes
 from registry.target import Target, kept
+from registry.wrapped import groups_of, matched, stepped
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +63,16 @@ class Rankwise:
                 target.zero_()
             self.filler.fill(local.as_bytes(target), at, 0, 0, size)
             return
-        whole = torch.zeros(slot.shape, dtype=torch_dtype(slot.dtype))
-        if size:
-            self.filler.fill(local.as_bytes(whole), at, 0, 0, size)
+        # Of a box that DTensor holds the rows are read that it has a part in.
+        first, count = (part.origin[0], target.shape[0]) if part.origin else (0, slot.shape[0] if slot.shape else 1)
+        rows = torch.zeros((count, *slot.shape[1:]) if slot.shape else (), dtype=torch_dtype(slot.dtype))
+        if rows.numel():
+            row = size // (slot.shape[0] if slot.shape else 1)
+            self.filler.fill(local.as_bytes(rows), at, 0, first * row, (first + count) * row)
         if part.origin is not None:
-            whole = whole[tuple(slice(o, o + n) for o, n in zip(part.origin, target.shape, strict=True))]
-        target.copy_(whole)
+            inner = zip(part.origin[1:], target.shape[1:], strict=True)
+            rows = rows[(slice(None), *(slice(o, o + n) for o, n in inner))] if part.origin else rows
+        target.copy_(rows)
 
 
 def rankwise(
@@ -82,7 +87,8 @@ def rankwise(
         tensors |= {
             Key(k.chunk, local.stored_name(kind, k.name)): t for kind, own in states.items() for k, t in own.items()
         }
-    spec = ranks_spec(names, source.model.states if optimizer is not None else ())
+        source = source if MASTER in states else without_master(source)
+    spec = ranks_spec(names, source.model.states if optimizer is not None else (), parallel)
     layout, _ = fitted(spec, parallel)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     padded = padded_sizes(spec, source.architecture, shapes, layout)
@@ -92,6 +98,8 @@ def rankwise(
     target = kept(target, np.array([slot.rank._replace(vpp=0) == rank for slot in target.slots], dtype=bool))
     slots, groups = target.slots, target.groups
     at = {Key(slot.rank.vpp, slot.name): i for i, slot in enumerate(slots)}
+    if MASTER not in source.model.states:  # copies of weights that were stepped themselves
+        at |= {k: at[w] for k in tensors if (w := _weight_of(k)) is not None and w in at}
     _check(source, tensors, at, slots)
     plan = make_plan(source.bound, source.opened, groups, slots, source.model)
     filler = assembler(plan, source.opened, SourceFiles(source.opened.files), slots)
@@ -101,7 +109,14 @@ def rankwise(
     notes = [f"values are cast on the way: {', '.join(cast)}"] if cast else []
     if short := sorted({key.name for key in own if not filler.table.full[at[key]] and slot_bytes(slots[at[key]])}):
         notes.append(f"padding that the checkpoint does not have is zeros: {', '.join(collapse(short, 4))}")
+    notes += [note for note in source.notes if note == NO_MASTER]
     return Rankwise(source, own, at, slots, filler, fresh, notes)
+
+
+def _weight_of(key: Key) -> Key | None:
+    """The weight that this is a copy of."""
+    begin = local.stored_name(MASTER, "")
+    return Key(key.chunk, key.name.removeprefix(begin)) if key.name.startswith(begin) else None
 
 
 def _best(
@@ -168,25 +183,30 @@ def _optimizer_tensors(
     found: dict[str, dict[Key, torch.Tensor]] = {}
     keys = local.parameter_keys(optimizer, weights)
     kinds = [kind for kind in source.model.states if kind != MASTER]
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        state = dict(optimizer.state.get(parameter, {}))
+    for one, parameter in [(part, p) for part in stepped(optimizer) for p in part.parameters()]:
+        key, plain = keys[id(parameter)], parameter.detach()
+        state = {} if one.flat is not None else dict(one.inner.state.get(parameter, {}))
         for kind in kinds:
-            state.setdefault(kind, torch.empty_like(parameter.detach()))
+            state.setdefault(kind, torch.empty_like(plain, dtype=torch.float32 if one.flat is not None else None))
         if odd := [name for name, value in state.items() if name not in kinds and name != "step" and value is not None]:
             raise ArgumentError(
                 "the checkpoint lacks state that this optimizer has", found=", ".join(odd), expected=", ".join(kinds)
             )
         fresh[id(parameter)] = state
         for kind in kinds:
-            found.setdefault(kind, {})[keys[id(parameter)]] = state[kind]
+            found.setdefault(kind, {})[key] = state[kind]
+        if one.flat is not None:
+            found.setdefault(MASTER, {})[key] = state[MASTER] = torch.empty_like(plain, dtype=torch.float32)
+        elif parameter is not weights[key]:
+            found.setdefault(MASTER, {})[key] = plain
     return found
 
 
 def restore_groups(optimizer: Any, found: Rankwise, stored: Any, where: object) -> None:
     """Give an optimizer its filled state, its step count and the hyperparameters of its groups."""
     groups, step = _stored_groups(stored)
-    own = optimizer.get("param_groups", []) if isinstance(optimizer, Mapping) else optimizer.param_groups
-    if len(groups) != len(own):
+    own = optimizer.get("param_groups", []) if isinstance(optimizer, Mapping) else groups_of(optimizer)
+    if (theirs := matched(own, groups)) is None:
         raise CheckpointError(
             "the optimizer has other parameter groups than the checkpoint", where=where,
             expected=f"{len(groups)} groups", found=f"{len(own)} groups",
@@ -197,18 +217,26 @@ def restore_groups(optimizer: Any, found: Rankwise, stored: Any, where: object) 
             "the checkpoint does not say how often the optimizer has stepped", where=where, expected="a step count",
             found="none", hint="load it without optimizer=",
         )  # fmt: skip
-    for mine, theirs in zip(own, groups, strict=True):
-        known = {k: v for k, v in theirs.items() if k in mine and k != "params"}
+    for mine, stored_group in zip(own, theirs, strict=True):
+        known = {k: v for k, v in stored_group.items() if k in mine and k != "params"}
         mine.update({k: tuple(v) if isinstance(mine[k], tuple) else v for k, v in known.items()})
     if isinstance(optimizer, Mapping):
         for entries in optimizer.get("state", {}).values():
             if "step" in entries and step is not None:
                 _set_step(entries, step)
         return
-    for parameter in (p for group in own for p in group["params"]):
-        state = found.fresh[id(parameter)]
-        _set_step(state, step if step is not None else 0.0)
-        optimizer.state[parameter] = state
+    for one in stepped(optimizer):
+        if one.flat is not None:
+            one.put(found.fresh, step or 0.0)
+            continue
+        in_groups = one.step_in_groups
+        for group in one.inner.param_groups if in_groups else ():
+            group["step"] = int(step or 0)
+        for parameter in one.parameters():
+            state = found.fresh[id(parameter)]
+            if not in_groups:
+                _set_step(state, step or 0.0)
+            one.inner.state[parameter] = state
 
 
 def _set_step(state: dict[str, Any], step: float) -> None:

@@ -24,9 +24,10 @@ from registry import catalog, expressions
 from registry.bind import Bound, bind_source
 from registry.dtypes import ITEMSIZE
 from registry.errors import MappingError
+from registry.flat_rules import Division, Flat, Listed
 from registry.model import LogicalModel, format_rules
 from registry.parallel import Parallel
-from registry.specs import Division, Flat, FormatSpec, Listed
+from registry.specs import FormatSpec
 from registry.states import with_states
 from registry.storage import Opened, Piece, Rank, Slot
 from registry.target import bind_target
@@ -119,7 +120,8 @@ def bind_flat(
     if flat.listed is not None and not pieces:
         begins = {name: spec.states[kind][0] for name, kind in flat.listed.states.items()}
         pieces = list(_by_group(opened, way, flat.listed, slots, groups, begins))
-        kinds = {kind for name, kind in flat.listed.states.items() if any(p.name.startswith(begins[name]) for p in pieces)}
+        names = {piece.name for piece in pieces}
+        kinds = {flat.listed.states[n] for n, begin in begins.items() if any(name.startswith(begin) for name in names)}
     held = tuple(state for state in spec.states if state in kinds)
     rules = list(with_states(list(format_rules(ranked, model.architecture)), spec, held))
     states = [(pattern, rule) for pattern, rule in rules if any(pattern.startswith(w[0]) for w in spec.states.values())]
@@ -128,8 +130,8 @@ def bind_flat(
     first = len(opened.pieces)
     opened.pieces += pieces
     bound.groups += [evolve(group, members=group.members + first) for group in found.groups]
-    names = [flat.name, *([flat.listed.name] if flat.listed is not None else [])]
-    for name in [name for name in bound.left_out if any(re.fullmatch(known, name) for known in names)]:
+    known = [flat.name, *([flat.listed.name] if flat.listed is not None else [])]
+    for name in [name for name in bound.left_out if any(re.fullmatch(form, name) for form in known)]:
         del bound.left_out[name]
     return held
 

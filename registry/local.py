@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +16,7 @@ from registry.errors import ArgumentError, MappingError
 from registry.files import SourceFiles
 from registry.problems import collapse
 from registry.states import MASTER, PREFIX
+from registry.wrapped import copies, groups_of, stepped
 
 if TYPE_CHECKING:
     import torch
@@ -45,19 +48,13 @@ class Shard:
 
 def shard(tensor: torch.Tensor) -> Shard:
     """What is here of a tensor, which may be a DTensor."""
-    import torch.distributed as dist
+    distributed: Any = sys.modules.get("torch.distributed.tensor")  # slow to import, and without it there is none
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if dist.is_available():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-            shape, origin = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )  # fmt: skip
-            local = tensor.to_local().detach()
-            return Shard(local.reshape(shape), tuple(origin), tuple(tensor.shape))
+        of: Any = tensor
+        shape, origin = compute_local_shape_and_global_offset(of.shape, of.device_mesh, of.placements)
+        return Shard(of.to_local().detach().reshape(shape), tuple(origin), tuple(of.shape))
     return Shard(tensor.detach())
 
 
@@ -142,6 +139,7 @@ class OptimizerTensors:
 
     tensors: dict[str, dict[Key, torch.Tensor]] = field(factory=dict)
     groups: list[dict[str, Any]] = field(factory=list)
+    members: list[list[str]] = field(factory=list)  # the weights of each group, where they are known
     step: float | None = None
 
 
@@ -157,28 +155,23 @@ def stored_name(kind: str, name: str) -> str:
 
 def parameter_keys(optimizer: Any, weights: Mapping[Key, torch.Tensor]) -> dict[int, Key]:
     """id of each parameter that an optimizer steps -> its key. Raises ArgumentError for those of another model."""
-    by_id = {id(tensor): key for key, tensor in reversed(list(weights.items()))}
-    keys: dict[int, Key] = {}
-    strangers = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) in by_id:
-                keys[id(parameter)] = by_id[id(parameter)]
-            else:
-                strangers += 1
-    if strangers:
+    by_id = {id(tensor): key for key, tensor in reversed(list(weights.items()))} | copies(weights)
+    parameters = [id(parameter) for one in stepped(optimizer) for parameter in one.parameters()]
+    keys = {parameter: by_id[parameter] for parameter in parameters if parameter in by_id}
+    if strangers := len(parameters) - len(keys):
         raise ArgumentError(
             "the optimizer steps parameters that the model does not have", found=f"{strangers} parameters",
             expected="the parameters of model=, which a state dict has only with keep_vars=True",
-            hint="give the model that the optimizer was made for, or optimizer= as "
-            "{'state': {name: {'exp_avg': ...}}, 'param_groups': [...]}",
+            hint="give the model that the optimizer was made for, set main_param on a weight to the copy that is "
+            "stepped in its place, or give optimizer= as {'state': {name: {'exp_avg': ...}}, 'param_groups': [...]}",
         )  # fmt: skip
     return keys
 
 
 def optimizer_tensors(optimizer: Any, weights: Mapping[Key, torch.Tensor]) -> OptimizerTensors:
-    """The state of a torch optimizer, or of a mapping {"state": {name: {kind: tensor}}, "param_groups": [...]}."""
+    """The state of an optimizer (see `registry.wrapped`), or of a mapping {"state": {name: {kind: tensor}}, ...}."""
     found = OptimizerTensors(groups=[{k: v for k, v in g.items() if k != "params"} for g in _groups(optimizer)])
+    found.members = _members(optimizer, weights)
     steps: dict[float, Key] = {}
     strange = []
     for key, entries in _entries(optimizer, weights):
@@ -200,23 +193,36 @@ def optimizer_tensors(optimizer: Any, weights: Mapping[Key, torch.Tensor]) -> Op
             found="; ".join(f"{step:g} ({key.name})" for step, key in list(steps.items())[:4]),
             hint="leave parameters without gradients out of the optimizer",
         )  # fmt: skip
-    found.step = next(iter(steps), None)
+    counts = (float(group["step"]) for group in found.groups if group.get("step") is not None)
+    found.step = next(itertools.chain(steps, counts), None)
     return found
 
 
 def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
-    groups: Sequence[Mapping[str, Any]] = (
-        optimizer.get("param_groups", ()) if isinstance(optimizer, Mapping) else optimizer.param_groups
-    )
-    return groups
+    return optimizer.get("param_groups", ()) if isinstance(optimizer, Mapping) else groups_of(optimizer)
+
+
+def _members(optimizer: Any, weights: Mapping[Key, torch.Tensor]) -> list[list[str]]:
+    groups = _groups(optimizer)
+    if isinstance(optimizer, Mapping):
+        return [list(group["params"]) for group in groups] if all("params" in group for group in groups) else []
+    keys = parameter_keys(optimizer, weights)
+    if any(id(parameter) not in keys for group in groups for parameter in group["params"]):
+        return []  # slices of flat buffers
+    return [[keys[id(parameter)].name for parameter in group["params"]] for group in groups]
 
 
 def _entries(optimizer: Any, weights: Mapping[Key, Any]) -> Iterator[tuple[Key, Mapping[str, Any]]]:
     if not isinstance(optimizer, Mapping):
         keys = parameter_keys(optimizer, weights)
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if parameter in optimizer.state:
-                yield keys[id(parameter)], optimizer.state[parameter]
+        for one in stepped(optimizer):
+            if one.flat is not None:
+                yield from ((keys[id(parameter)], entries) for parameter, entries in one.gathered())
+                continue
+            for parameter in one.parameters():
+                key = keys[id(parameter)]
+                copy = {} if parameter is weights[key] else {MASTER: parameter}
+                yield key, {**one.inner.state.get(parameter, {}), **copy}
         return
     for name, entries in optimizer.get("state", {}).items():
         key = Key(*name) if isinstance(name, tuple) else Key(0, name)

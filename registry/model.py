@@ -177,7 +177,7 @@ class LogicalModel:
 
         def grown(present: frozenset[str]) -> frozenset[str]:
             names = (state_tensor(state, tensor) for state in states for tensor in present)
-            return present.union(name for name in names if held is None or name in held)
+            return present.union(name for name in names if held is None or ties.get(name, name) in held)
 
         tensors = {state_tensor(state, tensor): axes for state in states for tensor, axes in self.tensors.items()}
         ties = {state_tensor(state, a): state_tensor(state, b) for state in states for a, b in self.ties.items()}

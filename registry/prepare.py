@@ -15,12 +15,12 @@ from registry.errors import ArgumentError, MappingError
 from registry.model import config_map, extension, format_rules, loose_facts, read_facts, rules_spec, write_document
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
-from registry.rows import flat_rules, is_chained, rows_of, without_repeats
+from registry.rows import flat_rules, is_chained, rows_of, unrepeated
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.states import is_state, with_states
 from registry.storage import Laid, Request
-from registry.target import Target, bind_target
+from registry.target import Target, bind_target, kept
 from registry.version import library_version
 
 MANIFEST_VERSION = 1
@@ -28,7 +28,7 @@ MANIFEST_VERSION = 1
 
 @frozen(eq=False)
 class Prepared:
-    """A conversion that only has to be carried out."""
+    """A conversion that only has to be carried out. `told`: its layout is one that was asked for."""
 
     source: Source
     spec: FormatSpec
@@ -36,6 +36,7 @@ class Prepared:
     target: Target
     plan: Plan
     notes: tuple[str, ...]
+    told: bool
 
 
 def merged_options(spec: FormatSpec, architecture: ArchitectureSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -132,11 +133,15 @@ def bound_target(
         raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
     choices = _choices(source, spec, options)
     kinds = [state for state in source.model.states if state in spec.states]
-    rules = list(with_states(list(format_rules(spec, source.architecture)), spec, kinds))
+    owner = rules_spec(spec, source.architecture)
+    rules = list(with_states(list(format_rules(spec, source.architecture)), spec, kinds, owner))
+    if spec.tied:
+        again = {"tied": "true"}
+        rules = [(p, r if any(map(is_state, r.parsed.tensors)) else r.model_copy(update=again)) for p, r in rules]
     rows = bool(kinds) and spec.flat is not None and spec.flat.written
     rules = list(flat_rules(spec, rules, source.model)) if rows else rules
     target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
-    target = without_repeats(spec, source.model, parallel, target) if rows else target
+    target = kept(target, unrepeated(spec, source.model, parallel, target.slots)) if rows else target
     spare = source.architecture.spare
     if lost := [t for t in target.homeless if t not in spare and not (is_state(t) and not kinds)]:
         raise MappingError(
@@ -158,7 +163,10 @@ def prepare(
     shifted = sorted({copies.tensor for copies in plan.copies if copies.values.source != copies.values.target})
     if shifted:
         notes.append(f"stored with another offset, which may round: {', '.join(shifted)}")
-    return Prepared(source, spec, layout, target, plan, (*source.notes, *notes, *_spared(source, spec, target)))
+    return Prepared(
+        source, spec, layout, target, plan, (*source.notes, *notes, *_spared(source, spec, target)),
+        parallel is not None,
+    )  # fmt: skip
 
 
 def _spared(source: Source, spec: FormatSpec, target: Target) -> Iterator[str]:
@@ -203,11 +211,11 @@ def request(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
     }
     asked = Request(
         spec.name, prepared.target.slots, prepared.target.objects, document, prepared.parallel, chosen, source.opened,
-        source.opened.iteration if spec.parallel and source.spec.parallel else None,
+        source.opened.iteration if spec.states and source.spec.states else None,
         (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(), hub_config, source.opened.side_files,
         tuple(state for state in source.model.states if state in spec.states),
         rows=rows_of(spec, source.model, prepared.parallel, prepared.target.slots),
-        chained=is_chained(spec, prepared.parallel, prepared.target.slots),
+        chained=is_chained(spec, prepared.parallel, prepared.target.slots) if prepared.told or spec.ranked else None,
     )  # fmt: skip
     return asked, list(_unsaid(source, spec, document))
 

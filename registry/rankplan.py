@@ -10,25 +10,53 @@ from attrs import evolve, frozen
 from registry.errors import ArgumentError
 from registry.groups import Coding
 from registry.planning import Copies, Plan, Values
-from registry.storage import FilePlan, Laid, Piece, Slot
+from registry.prepare import Prepared
+from registry.rows import DTYPE, unrepeated
+from registry.states import MASTER, PREFIX, is_state, state_name
+from registry.storage import FilePlan, Laid, Piece, Rank, Slot
 
 
-def identity(pieces: Sequence[Piece]) -> Plan:
-    """Every piece is written as it is: piece i into slot i."""
-    copies = []
+def as_held(prepared: Prepared, pieces: Sequence[Piece]) -> Prepared:
+    """The target as the ranks' own tensors: every piece is written as it is, under the name that the format has.
+
+    Where state lies in rows, a weight without a copy of itself is its own (see `registry.rows.flat_rules`).
+    """
+    spec, begins = prepared.spec, {state: ways[0] for state, ways in prepared.spec.states.items()}
+    rows = spec.flat is not None and spec.flat.written
+    pairs: list[tuple[Slot, int]] = []
+    stepped: dict[tuple[Rank | None, str], set[str]] = {}
     for i, piece in enumerate(pieces):
-        if piece.origin is not None and piece.shape != piece.whole:
+        name, dtype = piece.name, piece.dtype
+        if 0 in piece.shape and piece.shape != (piece.whole or piece.shape):
+            continue  # more ranks than rows
+        if not spec.boxes and piece.origin is not None and piece.shape != piece.whole:
             raise ArgumentError(
                 "a tensor sharded by DTensor has no file of its own in this format", found=piece.name,
                 hint="save to a format with global tensors",
             )  # fmt: skip
-        values = Values(piece.dtype, piece.dtype, Coding(), Coding())
-        size = (int(np.prod(piece.shape, dtype=np.int64)),)
-        if size == (0,):
-            continue
-        at, zero = np.array([i], dtype=np.int64), np.zeros(1, dtype=np.int64)
-        copies.append(Copies(piece.name, size, (1,), (1,), values, at, zero, at, zero))
-    return Plan(copies)
+        if is_state(piece.name):
+            state, _, weight = piece.name.removeprefix(PREFIX).partition(".")
+            stepped.setdefault((piece.rank, weight), set()).add(state)
+            name, dtype = state_name(begins[state], weight), DTYPE if rows else dtype
+        pairs.append((Slot(name, dtype, piece.shape, piece.rank or Rank(), piece.origin, piece.whole), i))
+    for i, piece in enumerate(pieces):
+        if rows and MASTER not in stepped.get((piece.rank, piece.name), {MASTER}):
+            pairs.append((Slot(begins[MASTER] + piece.name, DTYPE, piece.shape, piece.rank or Rank()), i))
+    if rows:
+        keep = unrepeated(spec, prepared.source.model, prepared.parallel, [slot for slot, _ in pairs])
+        pairs = [pair for pair, kept in zip(pairs, keep, strict=True) if kept]
+    copies = [_whole(pieces[i], slot, i, n) for n, (slot, i) in enumerate(pairs)]
+    target = evolve(prepared.target, slots=[slot for slot, _ in pairs])
+    return evolve(prepared, plan=Plan([one for one in copies if one is not None]), target=target)
+
+
+def _whole(piece: Piece, slot: Slot, source: int, target: int) -> Copies | None:
+    """A piece copied into a slot, in one go."""
+    size = int(np.prod(piece.shape, dtype=np.int64))
+    zero = np.zeros(1, dtype=np.int64)
+    values = Values(piece.dtype, slot.dtype, Coding(), Coding())
+    at, to = np.array([source], dtype=np.int64), np.array([target], dtype=np.int64)
+    return Copies(piece.name, (size,), (1,), (1,), values, at, zero, to, zero) if size else None
 
 
 def owners(plan: Plan, pieces: Sequence[Piece], slots: Sequence[Slot]) -> list[int]:
@@ -37,6 +65,15 @@ def owners(plan: Plan, pieces: Sequence[Piece], slots: Sequence[Slot]) -> list[i
     for copies in plan.copies:
         found[copies.target[::-1]] = copies.source[::-1]
     return [int(i) for i in found]
+
+
+def one_a_file(laid: Laid, writer: Sequence[int]) -> list[int]:
+    """Each slot's process, where one process writes all of a file: that of the file's first slot.
+
+    Formats without ranks have tensors of several in one file, which network file systems let only one host write.
+    """
+    first: dict[int, int] = {}
+    return [first.setdefault(file, who) for (file, _), who in zip(laid.places, writer, strict=True)]
 
 
 def shipped(plan: Plan, holders: Sequence[int], writer: Sequence[int]) -> dict[int, dict[int, int]]:

@@ -168,6 +168,13 @@ def check_ranks(parallel: Parallel, held: Sequence[Rank]) -> None:
             + [f"no part of the layout: {_shown(r)}" for r in strange[:8]],
             hint="check parallel= and rank= of every process",
         )  # fmt: skip
+    times = {rank: held.count(rank) for rank in every}
+    if len(set(times.values())) > 1:
+        raise ArgumentError(
+            "some shards have more replicas than others", expected=f"as many processes for each rank of {parallel}",
+            found="; ".join(f"{n} for {_shown(rank)}" for rank, n in sorted(times.items())[:8]),
+            hint="check parallel= and rank= of every process",
+        )  # fmt: skip
 
 
 def _shown(rank: Rank) -> str:

@@ -11,24 +11,36 @@ from attrs import evolve
 
 from registry import catalog, expressions
 from registry.bind import bind_source
+from registry.dtypes import ITEMSIZE
 from registry.errors import ArgumentError
+from registry.flat import bind_flat
 from registry.groups import template_of
 from registry.local import Key, stored_name
-from registry.model import LogicalModel, format_rules
+from registry.model import LogicalModel, format_rules, rules_spec
 from registry.parallel import Parallel
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec
-from registry.states import with_states
+from registry.states import MASTER, is_state, state_tensor, with_states
 
 
-def ranks_spec(names: str, states: Iterable[str] = ()) -> FormatSpec:
-    """The format whose names the ranks have, with optimizer state. Raises ArgumentError for one without ranks."""
+def ranks_spec(names: str, states: Iterable[str] = (), parallel: Parallel | None = None) -> FormatSpec:
+    """The format whose names the ranks have, with optimizer state.
+
+    It has tensors of every rank, or it is that of the models themselves: those are whole, or sharded by DTensor, which
+    no layout speaks of. Raises ArgumentError for others.
+    """
     spec = catalog.format_spec(names)
-    if not spec.ranked:
-        ranked = [name for name in catalog.names("format") if catalog.format_spec(name).ranked]
-        raise ArgumentError("names= is a format with tensors of every rank", expected=" or ".join(ranked), found=names)
+    known = [catalog.format_spec(name) for name in catalog.names("format")]
+    if not spec.ranked and spec.rules_from != "architecture":
+        fitting = [one.name for one in known if one.ranked or one.rules_from == "architecture"]
+        raise ArgumentError("names= is a format with tensors of every rank", expected=" or ".join(fitting), found=names)
+    if not spec.ranked and parallel is not None and (parallel.tp, parallel.pp, parallel.ep) != (1, 1, 1):
+        raise ArgumentError(
+            f"in the names of {names} a model is whole, or sharded by DTensor", found=f"parallel= {parallel}",
+            expected="one rank of tp, pp and ep", hint="leave parallel= out",
+        )  # fmt: skip
     prefixes = {state: [stored_name(state, "")] for state in states}
-    return spec.model_copy(update={"states": prefixes, "ignored": []})
+    return spec.model_copy(update={"states": prefixes, "ignored": [], "flat": None, "tied": False})
 
 
 def padded_sizes(
@@ -79,11 +91,35 @@ def widened(source: Source, sizes: Mapping[str, int]) -> Source:
     if not grown:
         return source
     model = _resized(source.model, grown)
-    rules = list(with_states(list(format_rules(source.spec, source.architecture)), source.spec, model.states))
-    ignored = [*source.spec.ignored]
-    return evolve(
-        source, model=model, bound=bind_source(source.opened, source.spec, rules, model, source.options, ignored)
+    owner = rules_spec(source.spec, source.architecture)
+    rules = list(with_states(list(format_rules(source.spec, source.architecture)), source.spec, model.states, owner))
+    # What was found in flat buffers is of ranks; those of a format without ranks are cut out of its buffers anew.
+    ranked = source.spec.ranked
+    opened = evolve(source.opened, pieces=[piece for piece in source.opened.pieces if ranked or piece.rank is None])
+    bound = bind_source(opened, source.spec, rules, model, source.options, [*source.spec.ignored])
+    if not ranked:
+        bind_flat(opened, source.spec, model, source.options, bound)
+    return evolve(source, opened=opened, model=model, bound=bound)
+
+
+#: What is said where weights of less than 32 bits have copies that the optimizer of a run has no place for.
+NO_MASTER = "the fp32 copies of the weights that the checkpoint has are not loaded: this optimizer has none"
+
+
+def without_master(source: Source) -> Source:
+    """The source for an optimizer that steps the weights themselves and has no copies of them."""
+    if MASTER not in source.model.states:
+        return source
+    begin = state_tensor(MASTER, "")
+    model = evolve(
+        source.model,
+        tensors={name: axes for name, axes in source.model.tensors.items() if not name.startswith(begin)},
+        states=tuple(state for state in source.model.states if state != MASTER),
     )
+    rounded = any(ITEMSIZE[dtype] < 4 for name, types in source.dtypes.items() for dtype in types if not is_state(name))
+    groups = [g for g in source.bound.groups if not any(f.tensor.startswith(begin) for f in g.fragments)]
+    notes = (*source.notes, *([NO_MASTER] if rounded else []))
+    return evolve(source, model=model, bound=evolve(source.bound, groups=groups), notes=notes)
 
 
 def _resized(model: LogicalModel, grown: Mapping[str, int]) -> LogicalModel:

@@ -17,7 +17,6 @@ from registry.parallel import Parallel
 from registry.specs import FormatSpec
 from registry.states import MASTER, state_tensor
 from registry.storage import Row, Slot
-from registry.target import Target, kept
 from registry.tensor_rules import Rule
 
 #: The type that the state in rows has.
@@ -40,12 +39,11 @@ def flat_rules(spec: FormatSpec, rules: Sequence[tuple[str, Rule]], model: Logic
         state = next((state for begin, state in begins.items() if pattern.startswith(begin)), None)
         yield pattern, rule if state is None else rule.model_copy(update={"dtype": DTYPE})
         homes = {model.home(tensor) for tensor in rule.parsed.tensors}
-        if state is None and not any(state_tensor(MASTER, home) in model.tensors for home in homes):
-            if any(state_tensor(other, home) in model.tensors for other in model.states for home in homes):
-                begin = spec.states[MASTER][0]
-                names = {choice: begin + name for choice, name in rule.names.items()}
-                update = {"names": names, "aliases": [], "dtype": DTYPE}
-                yield begin + pattern, rule.model_copy(update=update)
+        held = {kind for kind in model.states for home in homes if state_tensor(kind, home) in model.tensors}
+        if state is None and held and MASTER not in held:
+            begin = spec.states[MASTER][0]
+            names = {choice: begin + name for choice, name in rule.names.items()}
+            yield begin + pattern, rule.model_copy(update={"names": names, "aliases": [], "dtype": DTYPE})
 
 
 def rows_of(spec: FormatSpec, model: LogicalModel, parallel: Parallel, slots: Sequence[Slot]) -> list[Row]:
@@ -80,9 +78,8 @@ def _named(spec: FormatSpec, slots: Sequence[Slot]) -> list[Slot]:
     return [slot for slot in slots if (slot.rank, slot.name) in held]
 
 
-def without_repeats(spec: FormatSpec, model: LogicalModel, parallel: Parallel, target: Target) -> Target:
-    """The target without the state that several ranks would repeat, of which one rank's row is kept."""
-    placed = {i for row in rows_of(spec, model, parallel, target.slots) for i, _ in row.members}
+def unrepeated(spec: FormatSpec, model: LogicalModel, parallel: Parallel, slots: Sequence[Slot]) -> np.ndarray:
+    """Which slots a target keeps: of state that several ranks hold, only that of the rank whose row has it."""
+    placed = {i for row in rows_of(spec, model, parallel, slots) for i, _ in row.members}
     begins = tuple(ways[0] for ways in spec.states.values())
-    keep = [i in placed or not slot.name.startswith(begins) for i, slot in enumerate(target.slots)]
-    return kept(target, np.array(keep, dtype=bool))
+    return np.array([i in placed or not slot.name.startswith(begins) for i, slot in enumerate(slots)], dtype=bool)

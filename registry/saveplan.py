@@ -17,11 +17,11 @@ from registry.model import config_map
 from registry.parallel import Parallel
 from registry.plain import packed
 from registry.prepare import Prepared, fitted, prepare, request
-from registry.rankplan import Part, identity, owners, part, shipped
+from registry.rankplan import Part, as_held, one_a_file, owners, part, shipped
 from registry.rankwise import pad_options, padded_axes, ranks_spec, widened
 from registry.source import PathLike, understood
 from registry.states import MASTER, is_state
-from registry.storage import Laid, ObjectSlot, Opened, Rank, Slot
+from registry.storage import Laid, ObjectSlot, Opened, Rank
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,8 @@ def common_state(state: OptimizerTensors | None, scheduler: Any, extra: Mapping[
     if state is None:
         return common
     groups = [packed(group, f"param_groups[{i}]") for i, group in enumerate(state.groups)]
+    if state.members:  # Megatron's formats leave them out
+        groups = [{**group, "params": names} for group, names in zip(groups, state.members, strict=True)]
     step = state.step
     if MASTER in state.tensors:  # the form of a distributed optimizer
         groups = [{**group, **({} if step is None else {"step": int(step)})} for group in groups]
@@ -77,7 +79,8 @@ def common_state(state: OptimizerTensors | None, scheduler: Any, extra: Mapping[
     else:
         import torch
 
-        inner = {} if step is None else {"common_step": packed(torch.tensor(float(step)))}
+        counted = step is None or any("step" in group for group in groups)
+        inner = {} if counted else {"common_step": packed(torch.tensor(float(step or 0)))}
         common["optimizer"] = {"state": inner, "param_groups": groups}
     return common
 
@@ -98,7 +101,9 @@ class Work:
 def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard], me: int) -> Work:
     """The plan, which is the same on every rank, and this rank's part of it."""
     together = joined(said, run.parallel)
-    prepared, options = _prepared(together, run, shards, me)
+    boxes = catalog.format_spec(run.format).boxes  # every process has a file of its own
+    holders = together.suppliers(spread=boxes)
+    prepared, options = _prepared(together, holders, run, shards, me)
     asked, _ = request(prepared, options, None)
     asked = evolve(asked, document=_document(asked.document, prepared, run))
     first = owners(prepared.plan, together.pieces, asked.slots)
@@ -107,6 +112,9 @@ def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard],
         rank = slot.rank if prepared.spec.ranked or piece < 0 else together.pieces[piece].rank or Rank()
         rank = rank if rank._replace(vpp=0) in together.writers else Rank()
         writer.append(together.writers[rank._replace(vpp=0)])
+        if boxes and piece >= 0:
+            writer[-1] = holders[piece]
+            rank = Rank(tp=writer[-1])
         slots.append(slot._replace(rank=rank._replace(vpp=slot.rank.vpp)))
     payloads = _random(said, run.parallel, prepared.spec.ranked)
     asked = evolve(
@@ -122,15 +130,18 @@ def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard],
             small={n.removeprefix(folder): small for n, small in laid.small.items() if n.startswith(folder)},
             copies={n.removeprefix(folder): path for n, path in laid.copies.items()},
         )  # fmt: skip
-    ship = shipped(prepared.plan, together.holders, writer)
+    writer = one_a_file(laid, writer)
+    ship = shipped(prepared.plan, holders, writer)
     own = part(prepared.plan, slots, laid, writer, me)
-    return Work(prepared.source.opened, together.holders, ship, own, laid, nested, prepared.notes)
+    return Work(prepared.source.opened, holders, ship, own, laid, nested, prepared.notes)
 
 
-def _prepared(together: Joined, run: Run, shards: Mapping[Key, Shard], me: int) -> tuple[Prepared, dict[str, Any]]:
+def _prepared(
+    together: Joined, holders: Sequence[int], run: Run, shards: Mapping[Key, Shard], me: int
+) -> tuple[Prepared, dict[str, Any]]:
     """The shards of all ranks bound as a source, and the target planned."""
     kinds = sorted({piece.name.split(".")[1] for piece in together.pieces if is_state(piece.name)})
-    spec, target = ranks_spec(run.names, kinds), catalog.format_spec(run.format)
+    spec, target = ranks_spec(run.names, kinds, run.parallel), catalog.format_spec(run.format)
     if unknown := [kind for kind in kinds if kind not in target.states]:
         raise ArgumentError(
             f"{target.name} has no place for this optimizer's state", found=", ".join(unknown),
@@ -140,11 +151,12 @@ def _prepared(together: Joined, run: Run, shards: Mapping[Key, Shard], me: int) 
     layout, _ = fitted(spec, run.parallel)
     files = [
         Memory(run.goal, _held(shards, piece.rank, piece.name) if holder == me else None)
-        for piece, holder in zip(together.pieces, together.holders, strict=True)
+        for piece, holder in zip(together.pieces, holders, strict=True)
     ]
     document = run.args if run.config is None else {}  # the config says more than arguments do
+    pieces = together.pieces if spec.ranked else [piece._replace(rank=None) for piece in together.pieces]
     opened = Opened(
-        run.goal, spec.name, files, together.pieces, document, parallel=layout
+        run.goal, spec.name, files, pieces, document, parallel=layout
     )  # fmt: skip
     source = understood(
         opened, spec, config=run.config, architecture=run.architecture, states=bool(kinds)
@@ -156,9 +168,9 @@ def _prepared(together: Joined, run: Run, shards: Mapping[Key, Shard], me: int) 
     options |= pad_options(target, source.architecture, source.bound.padded, run.parallel)
     options |= run.options
     prepared = prepare(source, run.format, parallel=run.parallel, options=options)
-    if run.format == run.names:
-        slots = [Slot(p.name, p.dtype, p.shape, p.rank or Rank()) for p in together.pieces]
-        prepared = evolve(prepared, plan=identity(together.pieces), target=evolve(prepared.target, slots=slots))
+    alike = target.boxes and spec.rules_from == target.rules_from == "architecture"
+    if alike or (run.format == run.names and target.ranked):
+        prepared = as_held(prepared, together.pieces)
     return prepared, options
 
 

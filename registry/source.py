@@ -25,6 +25,7 @@ from registry.model import (
     logical_model,
     loose_facts,
     read_facts,
+    rules_spec,
     write_document,
 )
 from registry.problems import collapse
@@ -261,7 +262,7 @@ def _bind(
     options = {name: spec.options[name].default if value is None else value for name, value in options.items()}
     ignored = [*spec.ignored, *(architecture.ignored if spec.rules_from == "architecture" else [])]
     kinds = held_states(opened, spec) if states else ()
-    rules = list(with_states(list(format_rules(spec, architecture)), spec, kinds))
+    rules = list(with_states(list(format_rules(spec, architecture)), spec, kinds, rules_spec(spec, architecture)))
     model = logical_model(architecture, facts)
     bound = bind_source(opened, spec, rules, model.with_states(kinds), options, ignored)
     if bound.absent:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from registry.errors import MappingError
-from registry.specs import FormatSpec
+from registry.specs import FormatSpec, Spec, Variant
 from registry.storage import Opened
 from registry.tensor_rules import Rule
 
@@ -34,10 +34,21 @@ def is_state(tensor: str) -> bool:
     return tensor.startswith(PREFIX)
 
 
+def state_name(way: str, name: str) -> str:
+    """What a format that names state in this way calls that of one weight."""
+    return way.replace("*", name, 1) if "*" in way else way + name
+
+
+def _named(way: str, name: str) -> bool:
+    """Is this the name of state in this way?"""
+    head, _, tail = way.partition("*")
+    return len(name) > len(head) + len(tail) and name.startswith(head) and name.endswith(tail)
+
+
 def held_states(opened: Opened, spec: FormatSpec) -> tuple[str, ...]:
     """The kinds of state of which a checkpoint has any tensor."""
-    begins = {begin: state for state, ways in spec.states.items() for begin in ways}
-    found = {state for begin, state in begins.items() for piece in opened.pieces if piece.name.startswith(begin)}
+    known = {way: state for state, ways in spec.states.items() for way in ways}
+    found = {state for way, state in known.items() if any(_named(way, piece.name) for piece in opened.pieces)}
     return tuple(state for state in spec.states if state in found)
 
 
@@ -46,8 +57,8 @@ def check_states(opened: Opened, spec: FormatSpec, bound: Bound, kinds: Iterable
 
     A weight without any is one that was not trained; one in float32 needs no copy of itself.
     """
-    begins = tuple(begin for ways in spec.states.values() for begin in ways)
-    if strange := sorted(name for name in bound.left_out if name.startswith(begins)):
+    known = [way for ways in spec.states.values() for way in ways]
+    if strange := sorted(name for name in bound.left_out if any(_named(way, name) for way in known)):
         raise MappingError(
             "optimizer state of weights that the model does not have", where=opened.path, details=strange,
             hint="check that the config belongs to these tensors, or convert without it: options={'optimizer': 'none'}",
@@ -71,22 +82,28 @@ def check_states(opened: Opened, spec: FormatSpec, bound: Bound, kinds: Iterable
 
 
 def with_states(
-    rules: Sequence[tuple[str, Rule]], spec: FormatSpec, states: Iterable[str]
+    rules: Sequence[tuple[str, Rule]], spec: FormatSpec, states: Iterable[str], owner: Spec | None = None
 ) -> Iterator[tuple[str, Rule]]:
-    """The rules of the weights, and those of every kind of state."""
+    """The rules of the weights, and those of every kind of state; `owner` is the spec that the rules are of."""
+    variants = (owner or spec).variants
+    spelled = {choice: v for choices in variants.values() for choice, v in choices.items() if v.begin}
     yield from rules
     for state in states:
         ways = spec.states[state]
         for pattern, rule in rules:
-            yield ways[0] + pattern, _again(pattern, rule, state, ways)
+            yield state_name(ways[0], pattern), _again(pattern, rule, state, ways, spelled)
 
 
-def _again(pattern: str, rule: Rule, state: str, ways: Sequence[str]) -> Rule:
-    aliases = [way + name for way in ways for name in (pattern, *rule.aliases)]
+def _again(pattern: str, rule: Rule, state: str, ways: Sequence[str], spelled: Mapping[str, Variant]) -> Rule:
+    begun = {choice: name for choice, v in spelled.items() if (name := v.spell(pattern)) is not None}
+    names = {**begun, **rule.names}
+    others = [pattern, *rule.aliases, *(n for v in spelled.values() for a in rule.names.values() if (n := v.spell(a)))]
+    aliases = [state_name(way, name) for way in ways for name in others]
+    aliases += [state_name(way, name) for way in ways[1:] for name in names.values()]
     change: Mapping[str, object] = {
         "layout": str(rule.parsed.relabel(lambda label: state_tensor(state, label))),
-        "names": {choice: ways[0] + name for choice, name in rule.names.items()},
-        "aliases": [name for name in aliases if name != ways[0] + pattern],
+        "names": {choice: state_name(ways[0], name) for choice, name in names.items()},
+        "aliases": [name for name in aliases if name != state_name(ways[0], pattern)],
         "dtype": None,
         "scale": rule.scale if state == MASTER else 1.0,
         "offset": rule.offset if state == MASTER else "0",

@@ -126,9 +126,9 @@ class Row(NamedTuple):
 class Request:
     """All that a container needs to lay a checkpoint out; `states` are the kinds of optimizer state in the slots.
 
-    `rows` hold the slots that have no place of their own, and `chained` says that experts have an optimizer of their
-    own. `common` is what a training run keeps beside its tensors, plain data with `registry.plain.TensorData` in it, and
-    `payloads` what some of the objects hold.
+    `rows` hold the slots that have no place of their own, and `chained` says whether experts have an optimizer of
+    their own (None: as in the source). `common` is what a training run keeps beside its tensors, plain data with
+    `registry.plain.TensorData` in it, and `payloads` what some of the objects hold.
     """
 
     format: str
@@ -146,7 +146,7 @@ class Request:
     common: Mapping[str, Any] = field(factory=dict)
     payloads: Mapping[ObjectSlot, Any] = field(factory=dict)
     rows: Sequence[Row] = ()
-    chained: bool = False
+    chained: bool | None = None
 
 
 @frozen

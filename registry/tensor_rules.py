@@ -48,6 +48,7 @@ def _checked_expression(text: Any) -> Any:
     return text
 
 
+Scalar = bool | int | float | str | None
 Expression = Annotated[str, BeforeValidator(_checked_expression)]
 
 

@@ -20,8 +20,8 @@ import torch
 from tests import hub_layouts as hub
 from tests.hub_layouts import Config, Hub, Tensors
 
-HF, MEGATRON, LEGACY, TRTLLM = "huggingface", "megatron", "megatron-legacy", "trtllm"
-MCORE, ALL = (HF, MEGATRON, LEGACY), (HF, MEGATRON, LEGACY, TRTLLM)
+HF, DCP, MEGATRON, LEGACY, TRTLLM = "huggingface", "dcp", "megatron", "megatron-legacy", "trtllm"
+MCORE, ALL = (HF, DCP, MEGATRON, LEGACY), (HF, DCP, MEGATRON, LEGACY, TRTLLM)
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _tiny("gemma3_text", "Gemma3ForCausalLM", _LLAMA | _TIED, sliding_window=8,
                          query_pre_attn_scalar=14),
     "gemma3_hub": _tiny("gemma3", "Gemma3ForCausalLM", _LLAMA | _TIED, sliding_window=8, hub=hub.gemma3_package),
-    "phi": _tiny("phi", "PhiForCausalLM", _SHARED, formats=(HF, TRTLLM)),
-    "phi_qk_norm": _tiny("phi", "PhiForCausalLM", _SHARED | _MHA, qk_layernorm=True, formats=(HF,)),
+    "phi": _tiny("phi", "PhiForCausalLM", _SHARED, formats=(HF, DCP, TRTLLM)),
+    "phi_qk_norm": _tiny("phi", "PhiForCausalLM", _SHARED | _MHA, qk_layernorm=True, formats=(HF, DCP)),
     "phi3": _tiny("phi3", "Phi3ForCausalLM", _OLMO, formats=ALL),
     "starcoder2": _tiny("starcoder2", "Starcoder2ForCausalLM", _SHARED, formats=ALL),
     "starcoder2_tied": _tiny("starcoder2", "Starcoder2ForCausalLM", _SHARED | _TIED, formats=ALL),
@@ -226,11 +226,12 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": _tiny("gpt_neox", "GPTNeoXForCausalLM", _SHARED, rotary_pct=0.5, formats=ALL),
     "gpt_neox_hub": _tiny("gpt_neox", "GPTNeoXForCausalLM", _SHARED, rotary_pct=0.5, hub=hub.gpt_neox_buffers,
                           dropped=("*.attention.bias", "*.masked_bias", "*.inv_freq"), formats=ALL),
-    "gptj": _tiny("gptj", "GPTJForCausalLM", _GPT2, rotary_dim=8, tie_word_embeddings=False, formats=(HF, TRTLLM)),
+    "gptj": _tiny("gptj", "GPTJForCausalLM", _GPT2, rotary_dim=8, tie_word_embeddings=False, formats=(HF, DCP, TRTLLM)),
     "gptj_hub": _tiny("gptj", "GPTJForCausalLM", _GPT2, rotary_dim=8, tie_word_embeddings=False, hub=hub.gptj_buffers,
-                      dropped=("*.attn.bias", "*.attn.masked_bias"), formats=(HF, TRTLLM)),
-    "bloom": _tiny("bloom", "BloomForCausalLM", _BLOOM, formats=(HF, TRTLLM)),
-    "bloom_hub": _tiny("bloom", "BloomForCausalLM", _BLOOM, hub=hub.renamed("transformer.", ""), formats=(HF, TRTLLM)),
+                      dropped=("*.attn.bias", "*.attn.masked_bias"), formats=(HF, DCP, TRTLLM)),
+    "bloom": _tiny("bloom", "BloomForCausalLM", _BLOOM, formats=(HF, DCP, TRTLLM)),
+    "bloom_hub": _tiny("bloom", "BloomForCausalLM", _BLOOM, hub=hub.renamed("transformer.", ""),
+                       formats=(HF, DCP, TRTLLM)),
     "opt": _tiny("opt", "OPTForCausalLM", _OPT, formats=ALL, rounded="*embed_positions.weight"),
     "opt_post_norm": _tiny("opt", "OPTForCausalLM", _OPT, do_layer_norm_before=False,
                            formats=ALL, rounded="*embed_positions.weight"),
@@ -287,12 +288,12 @@ FAMILIES: dict[str, Family] = {
                           moe_intermediate_size=40, moe_num_shared_experts=2),
     "granitemoe": _tiny("granitemoe", "GraniteMoeForCausalLM", _OLMO | _TIED | _LOCAL),
     "phimoe": _tiny("phimoe", "PhimoeForCausalLM", _OLMO | _LOCAL, attention_bias=True, lm_head_bias=True,
-                    formats=(HF,)),
+                    formats=(HF, DCP)),
     "llama4_text": _tiny("llama4_text", "Llama4ForCausalLM", _LLAMA4, interleave_moe_layer_step=2),
     "llama4_hub": _tiny("llama4", "Llama4ForCausalLM", _LLAMA4, hub=hub.llama4_package),
 
     # state space models and hybrids
-    "mamba": _tiny("mamba", "MambaForCausalLM", _MAMBA, time_step_rank=5, formats=(HF,)),
+    "mamba": _tiny("mamba", "MambaForCausalLM", _MAMBA, time_step_rank=5, formats=(HF, DCP)),
     "mamba2": _tiny("mamba2", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=14, n_groups=2),
     "mamba2_tied": _tiny("mamba2", "Mamba2ForCausalLM", _MAMBA | _TIED, num_heads=8, head_dim=14, n_groups=4),
     "nemotron_h": _tiny("nemotron_h", "NemotronHForCausalLM", _NEMOTRON_H | _NEMOTRON_MOE,
@@ -304,16 +305,16 @@ FAMILIES: dict[str, Family] = {
                             mlp_multipliers=[0.3, 0.6], ssm_multipliers=[0.5, 0.6, 0.7, 0.8, 0.9]),
 
     # encoders, and encoders with decoders
-    "bert": _tiny("bert", "BertForMaskedLM", _BERT, formats=(HF,)),
-    "bert_base": _tiny("bert", "BertModel", _BERT, formats=(HF,)),
-    "bert_classifier": _tiny("bert", "BertForSequenceClassification", _BERT, num_labels=3, formats=(HF,)),
-    "bert_hub": _tiny("bert", "BertForPreTraining", _BERT, hub=hub.bert_gamma_beta, formats=(HF,)),
-    "t5": _tiny("t5", "T5ForConditionalGeneration", _T5, formats=(HF,)),
-    "t5_gated": _tiny("t5", "T5ForConditionalGeneration", _T5, feed_forward_proj="gated-gelu", formats=(HF,)),
+    "bert": _tiny("bert", "BertForMaskedLM", _BERT, formats=(HF, DCP)),
+    "bert_base": _tiny("bert", "BertModel", _BERT, formats=(HF, DCP)),
+    "bert_classifier": _tiny("bert", "BertForSequenceClassification", _BERT, num_labels=3, formats=(HF, DCP)),
+    "bert_hub": _tiny("bert", "BertForPreTraining", _BERT, hub=hub.bert_gamma_beta, formats=(HF, DCP)),
+    "t5": _tiny("t5", "T5ForConditionalGeneration", _T5, formats=(HF, DCP)),
+    "t5_gated": _tiny("t5", "T5ForConditionalGeneration", _T5, feed_forward_proj="gated-gelu", formats=(HF, DCP)),
     "t5_untied": _tiny("t5", "T5ForConditionalGeneration", _T5, feed_forward_proj="gated-gelu", hub=hub.t5_untied,
-                       formats=(HF,)),
+                       formats=(HF, DCP)),
     "t5_hub": _tiny("t5", "T5ForConditionalGeneration", _T5, hub=hub.t5_copies,
                     dropped=("*coder.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.weight"),
-                    formats=(HF,)),
+                    formats=(HF, DCP)),
 }
 # fmt: on

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from registry import catalog
-from tests import test_golden_trtllm, test_megatron_loads
+from tests import test_dcp, test_golden_trtllm, test_megatron_loads
 from tests.conftest import HF_MODELS
-from tests.families import FAMILIES, HF, LEGACY, MEGATRON, TRTLLM
+from tests.families import DCP, FAMILIES, HF, LEGACY, MEGATRON, TRTLLM
 from tests.goldens import packed
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "support.md"
@@ -33,6 +33,7 @@ what else there is:
 | core | megatron-core 0.16.1 loads what we write, strictly; logits as transformers' (Llama-Nemotron: as its parts') |
 | golden | what Megatron's or TensorRT-LLM's own program wrote becomes the model it was made of; ours equals it |
 | bridge | the same with tensors that Megatron-Bridge made |
+| torch | torch.distributed.checkpoint fills transformers' own model with what we write |
 | transformers | transformers loads what we write and computes the same, and its own class wrote the model |
 | round trip | nothing but the way there and back: **no independent proof** |
 | rounded | some tensors come back rounded or without parts, which the report says |
@@ -57,6 +58,8 @@ def proofs() -> dict[tuple[str, str], set[str]]:
     for family in FAMILIES.values():
         if family.model_class is not None:
             found[family.architecture, HF].add("transformers")
+    for model in test_dcp.IN_MEMORY:
+        found[FAMILIES[model].architecture, DCP].add("torch")
     return found
 
 
@@ -67,7 +70,8 @@ def cell(architecture: str, to: str, known: Iterable[str]) -> str:
     if not taken:
         return "-"
     marks = sorted(known) or ["round trip"]
-    if to != HF and any(family.rounded and (to == TRTLLM or "positions" in family.rounded) for family in taken):
+    lossy = [family.rounded for family in taken if family.rounded and to not in (HF, DCP)]
+    if any(to == TRTLLM or "positions" in glob for glob in lossy):
         marks.append("rounded")
     if len(taken) < len(models):
         marks.append("not every variant")
@@ -77,7 +81,7 @@ def cell(architecture: str, to: str, known: Iterable[str]) -> str:
 def page() -> str:
     """The whole page."""
     known = proofs()
-    formats = [HF, MEGATRON, LEGACY, TRTLLM]
+    formats = [HF, DCP, MEGATRON, LEGACY, TRTLLM]
     lines = [HEAD, f"| family | | {' | '.join(formats)} |", f"| --- | --- |{' --- |' * len(formats)}"]
     for name in catalog.names("architecture"):
         cells = [cell(name, to, known.get((name, to), ())) for to in formats]

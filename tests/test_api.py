@@ -111,7 +111,7 @@ def test_inspect_sums_up(megatron: Path, llama: Path) -> None:
 
 
 def test_names_of_formats_and_architectures() -> None:
-    assert registry.formats() == ["huggingface", "megatron", "megatron-legacy", "trtllm"]
+    assert registry.formats() == ["dcp", "huggingface", "megatron", "megatron-legacy", "trtllm"]
     assert {"gpt2", "llama", "mistral", "qwen2", "qwen3"} <= set(registry.architectures())
 
 

@@ -20,7 +20,7 @@ import registry
 from registry import Parallel
 from tests.conftest import HF_MODELS
 
-FORMATS = ["huggingface", "megatron", "megatron-legacy", "trtllm"]
+FORMATS = ["huggingface", "dcp", "megatron", "megatron-legacy", "trtllm"]
 LAYOUTS = [
     Parallel(),
     Parallel(tp=2, pp=2),

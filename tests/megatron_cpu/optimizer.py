@@ -27,14 +27,19 @@ from typing import Any
 
 from tests.megatron_cpu import Job
 
+#: The form with files of every rank: model_optim_rng.pt, and distrib_optim.pt beside it.
+LEGACY = "legacy"
+#: What registry.save writes of Megatron's own optimizer.
+OURS = "registry"
+
 
 @dataclass(frozen=True)
 class Run:
     """One training: where its state comes from, and where it goes, by Megatron's name of the form."""
 
     hf: Path  # a HuggingFace directory, of which only config.json is read
-    save: Mapping[str, Path] = field(default_factory=dict)  # distrib_optim_sharding_type -> an empty folder
-    load: Path | None = None  # a fully_reshardable checkpoint, to go on from instead of training
+    save: Mapping[str, Path] = field(default_factory=dict)  # distrib_optim_sharding_type, LEGACY or OURS -> a folder
+    load: Path | None = None  # a fully_reshardable or per-rank checkpoint, to go on from instead of training
     tp: int = 1
     pp: int = 1
     vpp: int = 1
@@ -42,11 +47,13 @@ class Run:
     dp: int = 1  # data parallel ranks of the dense layers
     bucket: int = 0  # elements after which a bucket of the gradient buffer is full; 0: one bucket
     bf16: bool = True
+    distributed: bool = True  # the optimizer with data-parallel shards, or those without
     mtp: int = 0
     tied: bool = False  # the output layer shares the embedding
     engine: bool = False
     grouped: bool = False
     steps: int = 3
+    ours: bool = False  # registry.load is what loads, into an optimizer that has made a step
     names: Path | None = None  # where to write the parameters' names, in the order in which they were made, and stop
 
 
@@ -152,20 +159,26 @@ def _install_adam() -> None:
     vars(distrib_optimizer).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True)
 
 
-def _patch() -> None:
-    """What saving and optimizers need beside what loading does."""
+def writes_by_threads() -> None:
+    """Files are written by forked processes, which get stuck where another thread held a lock: threads do as well. And
+    the queue of their results would be in a process of its own, which outlives the ranks.
+    """
     import queue
     import threading
 
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem
-    import torch
-    import torch.distributed as dist
 
-    # Files are written by forked processes, which get stuck where another thread held a lock: threads do as well. And
-    # the queue of their results would be in a process of its own, which outlives the ranks.
     threads = types.SimpleNamespace(Process=threading.Thread, Queue=queue.Queue, JoinableQueue=queue.Queue)
     vars(filesystem)["mp"] = types.SimpleNamespace(get_context=lambda _: threads)
     vars(filesystem)["_results_queue"] = queue.Queue()
+
+
+def _patch() -> None:
+    """What saving and optimizers need beside what loading does."""
+    import torch
+    import torch.distributed as dist
+
+    writes_by_threads()
     cuda: Any = torch.cuda
     cuda.FloatTensor, cuda.IntTensor = torch.FloatTensor, torch.IntTensor
     cuda.is_current_stream_capturing = lambda: False
@@ -229,6 +242,7 @@ def _work(run: Run, rank: int, store: str) -> None:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    import registry
     from tests.megatron_cpu import model
     from tests.megatron_cpu.families import FAMILIES, Config
 
@@ -259,15 +273,15 @@ def _work(run: Run, rank: int, store: str) -> None:
         config.bf16, config.params_dtype = True, torch.bfloat16
         built = [chunk.bfloat16() for chunk in built]
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=run.bucket > 0,
+        use_distributed_optimizer=run.distributed, grad_reduce_in_fp32=True, overlap_grad_reduce=run.bucket > 0,
         bucket_size=run.bucket or None,
     )  # fmt: skip
     for name, parameter in _named(built, run.tied):
         parameter.data.copy_(_random(name, parameter, 0) * (0.05 if run.load is None else 1))
     chunks = [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(built)]
     settings = OptimizerConfig(
-        optimizer="adam", lr=0.01, bf16=run.bf16, params_dtype=config.params_dtype, use_distributed_optimizer=True,
-        clip_grad=0.0, weight_decay=0.1,
+        optimizer="adam", lr=0.01, bf16=run.bf16, params_dtype=config.params_dtype,
+        use_distributed_optimizer=run.distributed, clip_grad=0.0, weight_decay=0.1,
     )  # fmt: skip
     optimizer = get_megatron_optimizer(settings, chunks)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -282,12 +296,34 @@ def _work(run: Run, rank: int, store: str) -> None:
         inner = shards if run.vpp > 1 else shards["model"]
         return {**shards, "optimizer": optimizer.sharded_state_dict(inner, loading, metadata=metadata)}
 
-    if run.load is None:
-        for step in range(run.steps):
+    def own_folder(root: Path) -> Path:
+        """Where this rank's files are (megatron/training/checkpointing.py, get_checkpoint_name)."""
+        stage = f"_{parallel_state.get_pipeline_model_parallel_rank():03d}" if run.pp > 1 else ""
+        expert = f"_{parallel_state.get_expert_model_parallel_rank():03d}" if run.ep > 1 else ""
+        return root / f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}{stage}{expert}"
+
+    layout = registry.Parallel(run.tp, run.pp, run.vpp, run.ep)
+    if run.load is None or run.ours:
+        for step in range(1 if run.ours else run.steps):
             for name, parameter in _named(built, run.tied):
                 parameter.main_grad.copy_(_random(name, parameter, step + 1))
             success, *_ = optimizer.step()
             assert success
+    if run.ours:
+        registry.load(
+            str(run.load), model=built, optimizer=optimizer, parallel=layout, config=run.hf, random_states=False
+        )  # fmt: skip
+    elif run.load is None:
+        pass
+    elif any(Path(run.load).glob("mp_rank_*")):
+        folder = own_folder(Path(run.load))
+        loaded = torch.load(folder / "model_optim_rng.pt", weights_only=False)
+        for name, chunk in zip(names, built, strict=True):
+            chunk.load_state_dict(loaded[name], strict=True)
+        optimizer.load_state_dict(loaded["optimizer"])
+        if run.distributed:
+            with torch.no_grad():  # 0.16.1 itself fails without, where weights are float32
+                optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
     else:
         folder = Path(run.load)
         loaded = dist_checkpointing.load(state("fully_reshardable", loading=True), str(folder), strict="raise_all")
@@ -305,6 +341,21 @@ def _work(run: Run, rank: int, store: str) -> None:
         common = {"args": own, "checkpoint_version": 3.0, "iteration": run.steps}
         Path(target).mkdir(parents=True, exist_ok=True)
         dist.barrier()
+        if form == OURS:
+            registry.save(
+                target, model=built, optimizer=optimizer, parallel=layout, config=run.hf, iteration=run.steps,
+                random_states=False,
+            )  # fmt: skip
+            continue
+        if form == LEGACY:  # as megatron/training/checkpointing.py, save_checkpoint
+            folder = own_folder(Path(target))
+            folder.mkdir(exist_ok=True)
+            if parallel_state.get_expert_data_parallel_rank() == 0:
+                models = {n: c.state_dict_for_save_checkpoint() for n, c in zip(names, built, strict=True)}
+                torch.save({**common, **models, "optimizer": optimizer.state_dict()}, folder / "model_optim_rng.pt")
+            if run.distributed:
+                optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
+            continue
         dist_checkpointing.save({**common, **state(form)}, str(target))
     dist.barrier()
     dist.destroy_process_group()

@@ -15,9 +15,9 @@ READY := $(VENV)/installed
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two test processes on two cores: more threads in each would only get in each other's way.
-test explore: export OMP_NUM_THREADS ?= 1
+test explore kill: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test explore lint types bench wheel clean
+.PHONY: demo test explore kill lint types bench wheel clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -31,6 +31,10 @@ test: $(READY)
 explore: $(READY)
 	HYPOTHESIS_PROFILE=explore $(RUN) -m pytest -n 2 --dist worksteal --timeout 3600 $(PYTEST_ARGS)
 
+# Kills one rank of four in the middle of a save, 50 times, and loads what is left.
+kill: $(READY)
+	$(RUN) -m tests.training.kill $(KILL_ARGS)
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 
@@ -39,6 +43,7 @@ types: $(READY)
 
 bench: $(READY)
 	$(RUN) -m benchmarks.bench $(BENCH_ARGS)
+	$(RUN) -m benchmarks.training
 
 wheel: $(READY)
 	$(RUN) -m build --outdir dist .

@@ -94,21 +94,18 @@ def fresh_catalog() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights and moments of a small Llama in Megatron's names, trained for three steps on one process."""
-    import torch
+    from tests.training.jobs import trained
 
-    from tests.training.jobs import adam
-    from tests.training.model import Model
-
-    torch.manual_seed(0)
-    model = Model()
-    optimizer = adam([model])
-    for _ in range(3):
-        optimizer.zero_grad()
-        model.loss(torch.randint(0, 61, (2, 16))).backward()
-        optimizer.step()
-    state: dict[str, Any] = {"weights": {k: v.detach() for k, v in model.named_parameters()}, "step": 3}
-    for kind in ("exp_avg", "exp_avg_sq"):
-        state[kind] = {name: optimizer.state[p][kind] for name, p in model.named_parameters()}
     path = tmp_path_factory.mktemp("whole") / "state.pt"
-    torch.save(state, path)
+    trained(path, "dense")
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a small Mixtral, with the names of sequential experts."""
+    from tests.training.jobs import trained
+
+    path = tmp_path_factory.mktemp("whole") / "state.pt"
+    trained(path, "sequential")
     return path

@@ -145,6 +145,9 @@ def test_ranks_save_beside_their_training(whole: Path, tmp_path: Path) -> None:
         assert not one["early"]
         assert one["talks"] > 1
     assert all(not one["differ"] and one["iteration"] == 7 for one in results(loaded))
+    sizes = sorted(file.stat().st_size for file in (tmp_path / "a/iter_0000007").glob("*.distcp"))
+    assert len(sizes) == 4  # replicas share the writing
+    assert sizes[-1] < 1.5 * sizes[0]
     for one in results(failed):
         assert "rank 1: the target cannot be written" in one["said"]
         assert one["left"] == ["iter_0000006", "iter_0000009", TRACKER]

@@ -1,15 +1,20 @@
 """Runs functions of `tests.training.jobs` on several processes that talk over gloo, each bounded in time.
 
-run([Job("save", 4, {"path": ...}), Job("load", 2, {...})])     # one launcher imports torch once for all of them
+run([Job("save", 4, {"path": ...}), Job("load", 2, {...})])
+
+One launcher a test process imports torch once, and forks the ranks of all jobs of all tests.
 """
 
+import atexit
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +30,34 @@ class Job:
 
 def run(jobs: Sequence[Job], timeout: float = 60) -> list[list[dict[str, Any]]]:
     """What each rank of each job returned: {"result": ...}, {"error": type, "text": ...} or {"killed": signal}."""
-    with tempfile.TemporaryDirectory(prefix="training-") as name:
-        folder, repository = Path(name), Path(__file__).resolve().parents[2]
-        (folder / "jobs").write_text(json.dumps([asdict(job) for job in jobs], default=str))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.training.run", str(folder), str(timeout)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])},
-            capture_output=True,
-            text=True,
-            timeout=60 + timeout * len(jobs),
-        )
-        assert (folder / "report").exists(), done.stderr[-4000:]
-        found: list[list[dict[str, Any]]] = json.loads((folder / "report").read_text())
-        return found
+    launcher = _launcher()
+    assert launcher.stdin is not None and launcher.stdout is not None
+    with tempfile.TemporaryDirectory(prefix="training-") as folder:
+        asked = {"folder": folder, "timeout": timeout, "jobs": [asdict(job) for job in jobs]}
+        launcher.stdin.write(json.dumps(asked, default=str) + "\n")
+        launcher.stdin.flush()
+        limit = 60 + timeout * len(jobs)
+        line = launcher.stdout.readline() if select.select([launcher.stdout], [], [], limit)[0] else ""
+    if not line:
+        launcher.kill()
+        _launcher.cache_clear()
+        raise AssertionError(f"the launcher ended with {launcher.wait()}, or took longer than {limit:g} s")
+    found: list[list[dict[str, Any]]] = json.loads(line)
+    return found
+
+
+@cache
+def _launcher() -> subprocess.Popen[str]:
+    repository = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.run"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.kill)  # its ranks die with it
+    return process
 
 
 def results(outcome: list[dict[str, Any]]) -> list[Any]:

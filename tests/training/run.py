@@ -1,5 +1,9 @@
-"""The launcher: it imports torch once, then forks the processes of one job after the other."""
+"""The launcher: it imports torch once, then forks the processes of one job after the other.
 
+It reads a line of JSON from its standard input for each list of jobs, and answers with one; it ends with the input.
+"""
+
+import gc
 import json
 import multiprocessing
 import os
@@ -10,8 +14,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# Every rank needs all of this, and importing it takes longer than what is tested: making an optimizer imports
+# torch._dynamo, and a config that leaves anything out transformers.
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.tensor
+import transformers
 from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]
 
 import registry.loading
@@ -20,14 +29,22 @@ from registry import catalog
 from tests.training import jobs as functions
 
 
-def main(folder: Path, timeout: float) -> None:
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a rank prints is no answer
+    die_with_parent(signal.SIGKILL)
     for name in ("megatron", "megatron-legacy"):
         catalog.format_spec(name)
-    catalog.architecture("llama")  # before the ranks, so that they inherit what reading specs takes
-    die_with_parent(signal.SIGKILL)
-    jobs = json.loads((folder / "jobs").read_text())
-    report = [run_job(job, folder / f"job{i}", timeout) for i, job in enumerate(jobs)]
-    (folder / "report").write_text(json.dumps(report))
+    for name in ("llama", "mixtral"):
+        catalog.architecture(name)
+        transformers.AutoConfig.for_model(name)
+    gc.freeze()  # the ranks share the pages of what is imported
+    for line in sys.stdin:
+        asked = json.loads(line)
+        folder, timeout = Path(asked["folder"]), asked["timeout"]
+        report = [run_job(job, folder / f"job{i}", timeout) for i, job in enumerate(asked["jobs"])]
+        answers.write(json.dumps(report) + "\n")
+        answers.flush()
 
 
 def run_job(job: dict[str, Any], folder: Path, timeout: float) -> list[dict[str, Any]]:
@@ -73,4 +90,4 @@ def rank_of(job: dict[str, Any], rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main()

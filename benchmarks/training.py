@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def shapes(layers: int) -> dict[str, tuple[tuple[int, ...], int | None]]:
     return {**found, "decoder.final_layernorm.weight": ((HIDDEN,), None)}
 
 
+def _primed(path: str, weights: dict[str, Any], moments: dict[str, dict[str, Any]]) -> None:
+    """As `_prime`, in the process that saves: memory that was found and is free is soon given back to the host."""
+    tensors = [*weights.values(), *(t for own in moments.values() for t in own.values() if hasattr(t, "nbytes"))]
+    scratch, block = Path(path).with_name("scratch"), bytes(1 << 24)
+    with scratch.open("wb") as file:
+        for _ in range(sum(t.nbytes for t in tensors) >> 24):
+            file.write(block)
+    scratch.unlink()
+
+
 # --- one rank of one system; run by `python -m benchmarks.training --child` -------------------------------------------
 
 
@@ -64,18 +75,22 @@ def _state(layers: int, tp: int, rank: int) -> tuple[dict[str, Any], dict[str, d
     for name, (shape, cut) in shapes(layers).items():
         own = tuple(n // tp if d == cut else n for d, n in enumerate(shape))
         size = torch.Size(own).numel()
-        values = (torch.arange(size, dtype=torch.float32) % 1009 - 504).reshape(own) if tp == 1 else torch.zeros(own)
+        values = (torch.arange(size, dtype=torch.float32) % 1009 - 504).reshape(own) if tp == 1 else torch.ones(own)
         weights[name] = values.bfloat16()
-        moments[name] = {"exp_avg": values, "exp_avg_sq": values.square(), "step": 3}
+        moments[name] = {"exp_avg": values, "exp_avg_sq": values + 1, "step": 3}
     return weights, moments
 
 
 def _ours(do: str, path: str, layers: int, tp: int, rank: int) -> float:
     import registry
+    import registry.loading
+    import registry.saving  # as the others have imported what they need
 
     weights, moments = _state(layers, tp, rank)
     optimizer = {"state": moments, "param_groups": [{"lr": 1e-3}]}
     given: dict[str, Any] = {"model": weights, "optimizer": optimizer, "parallel": registry.Parallel(tp=tp)}
+    if do != "load":
+        _primed(path, weights, moments)
     start = time.perf_counter()
     if do == "save":
         registry.save(path, iteration=1, config=config(layers), durable=False, **given)
@@ -113,6 +128,8 @@ def _dcp(do: str, path: str, layers: int, tp: int, rank: int) -> float:
             for name, own in moments.items()
         }
     state = {"model": weights, "optimizer": {"state": moments}}
+    if do == "save":
+        _primed(path, weights, moments)
     start = time.perf_counter()
     if do == "save":
         dcp.save(state, checkpoint_id=path)
@@ -153,9 +170,11 @@ def _megatron(do: str, path: str, layers: int, tp: int, rank: int) -> float:
         add("", name, tensor)
         for kind in ("exp_avg", "exp_avg_sq"):
             add(f"optimizer.state.{kind}.", name, moments[name][kind])
+    if do == "save":
+        _primed(path, weights, moments)
+        Path(path).mkdir()
     start = time.perf_counter()
     if do == "save":
-        Path(path).mkdir()
         dist_checkpointing.save(sharded, path)
     else:
         dist_checkpointing.load(sharded, path)
@@ -163,8 +182,6 @@ def _megatron(do: str, path: str, layers: int, tp: int, rank: int) -> float:
 
 
 def _child(system: str, do: str, path: str, layers: int, rank: int, world: int, store: str) -> None:
-    import os
-
     import torch
     import torch.distributed as dist
 
@@ -186,7 +203,7 @@ def ranks(system: str, do: str, path: Path, layers: int, world: int) -> tuple[fl
         processes = [
             subprocess.Popen(
                 [*command, str(rank), str(world), f"{scratch}/store"], stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True,
+                stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},
             )
             for rank in range(world)
         ]  # fmt: skip
@@ -197,24 +214,27 @@ def ranks(system: str, do: str, path: Path, layers: int, world: int) -> tuple[fl
     return max(float(json.loads(output.splitlines()[-1])) for output in outputs), seconds
 
 
+def _prime(kept: Path, copied: Path) -> None:
+    """Bring the files into the page cache, and make the host find the memory that as many new ones need."""
+    for _ in range(2):
+        copy(kept, copied, durable=False)
+        shutil.rmtree(copied)
+    settle()
+
+
 def measure(folder: Path, layers: int, pairs: int) -> Iterator[str]:
     """The lines of the table."""
     yield f"{'':<16}{'':<12}{'MB':>7}{'cp s':>8}{'call s':>8}{'ratio':>8}{'process':>9}{'ratio':>8}"
     for system in SYSTEMS:
-        kept = folder / "kept"
+        kept, saved, copied = folder / "kept", folder / "saved", folder / "copy"
+        ranks(system, "save", kept, layers, 1)
         for do, world in (("save", 1), ("load", 2)):
             times: list[tuple[float, float, float]] = []
             for _ in range(pairs):
-                target, copied = (kept if do == "load" else folder / "saved"), folder / "copy"
-                shutil.rmtree(folder / "saved", ignore_errors=True)
-                settle()
-                call, process = ranks(system, do, target, layers, world)
-                if not kept.exists():
-                    shutil.copytree(target, kept)
-                shutil.rmtree(copied, ignore_errors=True)
-                copy(kept, copied, durable=False)  # memory that the host must find first costs several times the copy
-                shutil.rmtree(copied)
-                settle()
+                _prime(kept, copied)
+                call, process = ranks(system, do, kept if do == "load" else saved, layers, world)
+                shutil.rmtree(saved, ignore_errors=True)
+                _prime(kept, copied)
                 times.append((call, process, copy(kept, copied, durable=False).call))
                 shutil.rmtree(copied)
             size = sum(file.stat().st_size for file in files_of(kept))
@@ -225,12 +245,11 @@ def measure(folder: Path, layers: int, pairs: int) -> Iterator[str]:
                 f"{process:>9.2f}{median(t[1] / t[2] for t in times):>8.2f}"
             )  # fmt: skip
         if system == "registry":
-            shutil.rmtree(folder / "saved", ignore_errors=True)
             settle()
-            blocked, _ = ranks(system, "background", folder / "saved", layers, 1)
+            blocked, _ = ranks(system, "background", saved, layers, 1)
             yield f"{system:<16}a save in the background holds training up for {blocked:.2f} s"
+            shutil.rmtree(saved)
         shutil.rmtree(kept)
-        shutil.rmtree(folder / "saved", ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:

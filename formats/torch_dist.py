@@ -18,7 +18,7 @@ from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
 from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Rank, Request, Slot
 
-from . import documents, megatron_dirs, plain, torchzip
+from . import documents, extra_state, megatron_dirs, plain, torchzip
 from .chunks import unflatten, whole_numbers
 from .pickles import Call, Global, Size, attr, brief, dumps, loads
 
@@ -75,6 +75,7 @@ class Container:
             entries=entries, state={"training": _training(path, items, common), "carried": carried},
         )  # fmt: skip
         opened.training = partial(_beside, path, items, common)
+        opened.module_states = partial(_module_states, path, items)
         documents.read_carried(opened)
         return opened
 
@@ -238,6 +239,18 @@ def _training(path: Path, items: _Items, common: dict[str, Any]) -> dict[str, An
         own = {n: {**state, "param_state_sharding_type": "fully_reshardable"} for n, state in sorted(chains.items())}
         found["optimizer"] = own[0] if len(own) == 1 else own
     return found
+
+
+def _module_states(path: Path, items: _Items) -> dict[Rank | None, dict[str, dict[str, list[float]]]]:
+    """The numbers that modules keep beside their weights."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (name, origin), (file, offset, length) in items.where.items():
+        module = extra_state.module_of(name) if origin is None else None
+        if module is not None:
+            where = path / items.files[file]
+            held = torchzip.read(where, base=offset, length=length, where=str(where)).load()
+            found[module] = extra_state.scales(extra_state.content(held, where), where)
+    return {None: found}
 
 
 _RANDOM = re.compile(r"rng_state/shard_(\d+)\.(\d+)(?:\.(\d+))?_\d+\.\d+(?:\.\d+)?")

@@ -14,6 +14,7 @@ from attrs import evolve, field, frozen
 from registry import catalog, local, rng
 from registry.announce import Announcement, Joined, announcement, joined, named
 from registry.commit import staged, sync_directory, write_small
+from registry.dtypes import dtype_name
 from registry.errors import ArgumentError, TargetError
 from registry.execute import execute
 from registry.local import Memory, OptimizerTensors
@@ -21,12 +22,13 @@ from registry.model import config_map
 from registry.parallel import Parallel
 from registry.plain import packed, unpacked
 from registry.prepare import Prepared, fitted, prepare, request
+from registry.problems import collapse
 from registry.rankplan import Part, identity, owners, part, shipped
 from registry.ranks import Team, own_rank, team
 from registry.rankwise import pad_options, ranks_spec, widened
 from registry.source import PathLike, local_path, understood
 from registry.states import MASTER, is_state
-from registry.storage import Laid, ObjectSlot, Opened, Rank, Slot, small_bytes
+from registry.storage import Laid, ObjectSlot, Opened, Rank, Request, Slot, small_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +63,8 @@ class _Run:
     args: Any
     architecture: str | None
     options: Mapping[str, Any]
+    target: Parallel | None
+    dtype: str | None
     common: dict[str, Any]
     consumed_samples: int | None
 
@@ -80,6 +84,8 @@ def save(
     args: Any = None,
     architecture: str | None = None,
     options: Mapping[str, Any] | None = None,
+    target: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
     random_states: bool = True,
     trackers: rng.Trackers = None,
     consumed_samples: int | None = None,
@@ -96,6 +102,8 @@ def save(
     scheduler: an object with state_dict(), or plain data. extra: plain data, rank 0's.
     parallel, rank: the layout, and this rank's place in it (default: Megatron's order of ranks).
     names: the format whose names the shards have. config, args, architecture: what says the model's sizes.
+    target, dtype: the layout and type that are written, in a format that is no training checkpoint but made for others
+    to read, a file a rank (TensorRT-LLM). Its files are dealt out to the processes, and each is sent what it writes.
     trackers: random generators by name, or an object with get_states().
     group: the process group of all ranks of the run (default: all processes).
 
@@ -115,14 +123,19 @@ def save(
         common = _common(state if optimizer is not None else None, scheduler, extra)
         goal = Path(os.path.realpath(local_path(path)))
         run = _Run(
-            goal, iteration, format, names, layout, config, args, architecture, dict(options or {}), common,
-            consumed_samples,
+            goal, iteration, format, names, layout, config, args, architecture, dict(options or {}), target,
+            None if dtype is None else dtype_name(dtype), common, consumed_samples,
         )  # fmt: skip
+        if not catalog.format_spec(format).apart and (target, dtype) != (None, None):
+            raise ArgumentError(
+                f"{format} is written as it is, in the layout and type of the run", found="target= or dtype=",
+                hint="leave them out, and convert what was saved",
+            )  # fmt: skip
         tensors = named(weights, state)
         mine.append((tensors, run))
         agreed = [
             ("the path", str(goal)), ("the iteration", iteration), ("the format", format), ("the layout", layout),
-            ("the names", names), ("overwrite", overwrite),
+            ("the names", names), ("overwrite", overwrite), ("the target's layout", target), ("dtype", run.dtype),
         ]  # fmt: skip
         return announcement(agreed, here, tensors, state, rng.states(trackers) if random_states else None)
 
@@ -174,6 +187,8 @@ def _planned(said: Sequence[Announcement], run: _Run, tensors: Mapping[local.Key
     """The plan, which is the same on every rank, and this rank's part of it."""
     together = joined(said, run.parallel)
     prepared, options = _prepared(together, run, tensors, me)
+    if prepared.spec.apart:
+        return _exported(together, prepared, request(prepared, options, run.dtype)[0], me, len(said))
     asked, _ = request(prepared, options, None)
     asked = evolve(asked, document=_document(asked.document, prepared, run))
     first = owners(prepared.plan, together.pieces, asked.slots)
@@ -194,6 +209,21 @@ def _planned(said: Sequence[Announcement], run: _Run, tensors: Mapping[local.Key
     ship = shipped(prepared.plan, together.holders, writer)
     own = part(prepared.plan, slots, evolve(laid, files=inner), writer, me)
     return _Work(prepared.source.opened, together.holders, ship, own, laid, place, prepared.notes)
+
+
+def _exported(together: Joined, prepared: Prepared, asked: Request, me: int, processes: int) -> _Work:
+    """The work where files are dealt out to the processes one by one."""
+    if made := prepared.source.opened.pieces[len(together.pieces) :]:
+        raise ArgumentError(
+            "this export computes tensors of others, of which each process has a part only",
+            found=", ".join(collapse(sorted({piece.name for piece in made}), 4)),
+            hint="save a training checkpoint, and convert that",
+        )  # fmt: skip
+    laid = catalog.container(prepared.spec.container).lay_out(asked)
+    writer = [file % processes for file, _ in laid.places]
+    ship = shipped(prepared.plan, together.holders, writer)
+    own = part(prepared.plan, asked.slots, laid, writer, me)
+    return _Work(prepared.source.opened, together.holders, ship, own, laid, "", prepared.notes)
 
 
 def _prepared(
@@ -220,13 +250,14 @@ def _prepared(
     source = understood(
         opened, spec, config=run.config, architecture=run.architecture, states=bool(kinds)
     )  # fmt: skip
-    source = widened(source, source.bound.padded)
+    if not target.apart:
+        source = widened(source, source.bound.padded)
     found, has = source.bound.variants, target.options
     options: dict[str, Any] = {k: v for k, v in found.items() if k in has and v in has[k].choices}
     options |= pad_options(target, source.architecture, source.bound.padded, run.parallel)
     options |= run.options
-    prepared = prepare(source, run.format, parallel=run.parallel, options=options)
-    if target.ranked:
+    prepared = prepare(source, run.format, parallel=run.target or run.parallel, options=options, dtype=run.dtype)
+    if target.ranked and not target.apart:
         slots = [Slot(p.name, p.dtype, p.shape, p.rank or Rank()) for p in together.pieces]
         prepared = evolve(prepared, plan=identity(together.pieces), target=evolve(prepared.target, slots=slots))
     return prepared, options
@@ -290,7 +321,7 @@ def _write(
 ) -> Saved:
     """Write into a hidden directory, all ranks at once, and make it visible when all are done."""
     goal = run.goal / work.place
-    prefix = f"{work.place}/"
+    prefix = f"{work.place}/" if work.place else ""
     inside = {name.removeprefix(prefix): small for name, small in work.laid.small.items() if name.startswith(prefix)}
     after = {name: small for name, small in work.laid.small.items() if not name.startswith(prefix)}
     copies = {name.removeprefix(prefix): path for name, path in work.laid.copies.items()}

@@ -19,7 +19,7 @@ from registry.errors import CheckpointError
 from registry.plain import TensorData
 from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Rank, Request, Slot
 
-from . import documents, megatron_dirs, plain, torchzip
+from . import documents, extra_state, megatron_dirs, plain, torchzip
 from .chunks import unflatten, whole_numbers
 from .pickles import Call, Global, Size, attr, brief, dumps, loads
 
@@ -64,6 +64,7 @@ class Container:
             entries=entries, state={"training": _training(path, items, common), "carried": carried},
         )  # fmt: skip
         opened.training = partial(_beside, path, items, common)
+        opened.module_states = partial(_module_states, path, items)
         documents.read_carried(opened)
         return opened
 
@@ -259,6 +260,17 @@ def _flat_optimizer(path: Path, items: Items) -> dict[str, Any]:
             chains[int(match[1] or 0)][match[2]] = megatron_dirs.plain(_unwrapped(loaded), where)
     own = {n: {**state, "param_state_sharding_type": "fully_reshardable"} for n, state in sorted(chains.items())}
     return {"optimizer": own[0] if len(own) == 1 else own} if own else {}
+
+
+def _module_states(path: Path, items: Items) -> dict[Rank | None, dict[str, dict[str, list[float]]]]:
+    """The numbers that modules keep beside their weights."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, origin in items.where:
+        module = extra_state.module_of(name) if origin is None else None
+        if module is not None:
+            held, where = read_object(path, items, name)
+            found[module] = extra_state.scales(extra_state.content(held, where), where)
+    return {None: found}
 
 
 _RANDOM = re.compile(r"rng_state/shard_(\d+)\.(\d+)(?:\.(\d+))?_\d+\.\d+(?:\.\d+)?")

@@ -21,7 +21,7 @@ from registry.errors import CheckpointError
 from registry.parallel import Parallel
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request, Row, slot_bytes
 
-from . import documents, megatron_dirs, param_groups, plain, torchzip
+from . import documents, extra_state, megatron_dirs, param_groups, plain, torchzip
 from .pickles import Global, brief
 
 FILE = "model_optim_rng.pt"
@@ -72,6 +72,7 @@ class Container:
             state={"training": training, "carried": carried, "groups": groups},
         )  # fmt: skip
         opened.training = partial(_beside, {rank: directory / FILE for directory, rank in ranks.items()})
+        opened.module_states = partial(_module_states, {rank: directory / FILE for directory, rank in ranks.items()})
         documents.read_carried(opened)
         return opened
 
@@ -317,6 +318,22 @@ def _rows(head: str, rows: object, file: int, rank: Rank) -> list[Piece]:
         for name, row in (rows.items() if isinstance(rows, dict) else ())
         if isinstance(row, torchzip.TensorRef) and len(row.shape) == 1 and row.is_contiguous
     ]
+
+
+def _module_states(paths: Mapping[Rank, Path]) -> dict[Rank | None, dict[str, dict[str, list[float]]]]:
+    """The numbers that modules keep beside their weights."""
+    found: dict[Rank | None, dict[str, dict[str, list[float]]]] = defaultdict(dict)
+    for rank, path in paths.items():
+        for key, model in _load(path).items():
+            match = re.fullmatch(r"model(\d*)", str(key))
+            if match is None or not isinstance(model, dict):
+                continue
+            own = found[rank._replace(vpp=int(match[1] or 0))]
+            for name, value in model.items():
+                module = extra_state.module_of(str(name))
+                if module is not None and value is not None:
+                    own[module] = extra_state.scales(extra_state.content(value, path), path)
+    return dict(found)
 
 
 def _read_model(

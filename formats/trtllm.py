@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from registry.errors import CheckpointError
+from registry.errors import CheckpointError, ParallelError
 from registry.parallel import Parallel
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
 
@@ -32,7 +32,7 @@ class Container:
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read the config and every rank's header. Raises CheckpointError."""
         config = documents.read_json(path / CONFIG)
-        tp, pp = (_size(path, config, key) for key in ("tp_size", "pp_size"))
+        tp, pp, cp, ep = (_size(path, config, key) for key in ("tp_size", "pp_size", "cp_size", "moe_ep_size"))
         expected = {f"rank{i}.safetensors" for i in range(tp * pp)}
         found = {p.name for p in path.iterdir() if _RANK.fullmatch(p.name)}
         if expected != found:
@@ -45,13 +45,20 @@ class Container:
                 ),
                 hint="copy the checkpoint again, whole",
             )  # fmt: skip
+        try:
+            parallel = Parallel(tp, pp, ep=ep, cp=cp, nested=True)
+        except ParallelError as error:
+            raise CheckpointError(
+                "bad mapping", where=path / CONFIG, expected=f"{error.problem}: {error.expected}", found=error.found,
+                hint="correct the config, or get it again",
+            ) from None  # fmt: skip
         pieces, files = [], []
         for i in range(tp * pp):
             files.append(path / f"rank{i}.safetensors")
             entries, _ = read_header(files[-1])
             rank = Rank(tp=i % tp, pp=i // tp)
             pieces += [Piece(name, e.dtype, e.shape, i, e.begin, rank) for name, e in entries.items()]
-        opened = Opened(path, spec_name, files, pieces, config, parallel=Parallel(tp=tp, pp=pp))
+        opened = Opened(path, spec_name, files, pieces, config, parallel=parallel)
         documents.read_carried(opened)
         return opened
 
@@ -69,13 +76,28 @@ class Container:
                 places[i] = (number, entries[request.slots[i].name].begin)
             files.append(FilePlan(f"rank{number}.safetensors", size, [(0, head)]))
         small, copies = documents.carry(request)
-        small[CONFIG] = documents.to_json(request.document)
+        small[CONFIG] = documents.to_json(_with_stages(request))
         return Laid(files, places, small, copies)
+
+
+def _with_stages(request: Request) -> dict[str, Any]:
+    """The config, with the number of layers of every stage where readers would not guess it.
+
+    TensorRT-LLM gives the first stages one layer more where layers do not divide (0.17 drops the last layers), unless
+    `pp_partition` says otherwise, which only its latest versions know.
+    """
+    layers = request.parallel.layers
+    if layers is None or layers == tuple(sum(layers) // len(layers) + (i < sum(layers) % len(layers))
+                                         for i in range(len(layers))):  # fmt: skip
+        return request.document
+    return {**request.document, "mapping": {**request.document["mapping"], "pp_partition": list(layers)}}
 
 
 def _size(path: Path, config: dict[str, Any], key: str) -> int:
     mapping = config.get("mapping")
     value = mapping.get(key, 1) if isinstance(mapping, dict) else 1
+    if value == -1:  # what TensorRT-LLM's Mapping takes for "not given"
+        value = 1
     if type(value) is not int or not 1 <= value <= 1 << 16:
         raise CheckpointError(
             "bad mapping", where=path / CONFIG, expected=f"{key} as a positive number", found=repr(value)[:200],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from registry import catalog
@@ -46,6 +46,7 @@ def convert(
     config: Config | None = None,
     architecture: str | None = None,
     options: Mapping[str, Any] | None = None,
+    ranks: Sequence[int] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     durable: bool = True,
@@ -59,6 +60,7 @@ def convert(
     config: a HuggingFace directory, config file or mapping, for a source that carries no config.
     architecture: the model family (a HuggingFace model_type), where several fit.
     options: choices of the target format; `registry formats --json` lists them.
+    ranks: write only the files of these ranks, beside those that other machines write; for formats with a file a rank.
     overwrite: replace a target that is not empty.
     durable: sync every file to the disk before the target appears under its name.
     progress: called with (bytes done, bytes in all).
@@ -70,7 +72,7 @@ def convert(
 
     return run(
         source, target, to=to, parallel=parallel, dtype=dtype, config=config, architecture=architecture,
-        options=options, overwrite=overwrite, threads=threads, durable=durable, progress=progress,
+        options=options, ranks=ranks, overwrite=overwrite, threads=threads, durable=durable, progress=progress,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from registry import boxes
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
+from registry.losses import Watch
 from registry.planning import Copies, Plan
 from registry.storage import Opened, Slot, slot_bytes
-from registry.values import convert
+from registry.values import Note, convert
 
 #: Runs of at least so many bytes are read one by one: a system call costs what copying a few KiB does.
 RUN = 32 << 10
@@ -158,6 +160,7 @@ class Assembler:
 
     sources: SourceFiles
     table: Table
+    watch: Watch | None = None
     _local: threading.local = field(factory=threading.local)
 
     def ops(self, slot: int) -> list[Op]:
@@ -203,7 +206,13 @@ class Assembler:
             if kind.plain:
                 copy_strided(target[part], source)
             else:
-                convert(target[part], source, copies.values)
+                convert(target[part], source, copies.values, self._note(copies))
+
+    def _note(self, copies: Copies) -> Note | None:
+        """What notes how far values are from what they were, where somebody watches and they may be."""
+        if self.watch is None or not self.watch.rounds(copies.values):
+            return None
+        return partial(self.watch.note, copies.tensor, copies.values)
 
     def _sources(self, op: Op, size: tuple[int, ...], of: int) -> Iterable[tuple[tuple[Any, ...], np.ndarray]]:
         """A strided box of a source file, whole or in parts: (the part's index in the box, its elements)."""
@@ -244,7 +253,9 @@ def _times(a: int, b: int) -> int:
     return a * b
 
 
-def assembler(plan: Plan, opened: Opened, sources: SourceFiles, slots: Sequence[Slot]) -> Assembler:
+def assembler(
+    plan: Plan, opened: Opened, sources: SourceFiles, slots: Sequence[Slot], watch: Watch | None = None
+) -> Assembler:
     """What fills buffers with the bytes of a plan's slots, one at a time (used by views and digests too)."""
     nbytes = np.fromiter(map(slot_bytes, slots), np.int64, len(slots))
-    return Assembler(sources, table(plan, opened, slots, nbytes))
+    return Assembler(sources, table(plan, opened, slots, nbytes), watch)

@@ -323,6 +323,14 @@ def _telling(pattern: str, rule: Rule, limited: Mapping[str, Container[str]]) ->
             yield name, rule.choice
 
 
+def _unplaced(model: LogicalModel, named: Container[str]) -> list[str]:
+    """The parts that a model may lack and that a format has no place for, where `named` are the tensors that it has."""
+    parts: dict[str, bool] = dict.fromkeys(model.architecture.optional, False)
+    for tensor, part in model.optional.items():
+        parts[part] = parts[part] or tensor in named or tensor not in model.tensors
+    return [part for part, placed in parts.items() if not placed and part not in model.without]
+
+
 def bind_source(
     opened: Opened,
     spec: FormatSpec,
@@ -339,8 +347,12 @@ def bind_source(
         reader.stages = local_stages(opened, (s.pattern for p, r in rules for s in reader.spelled(p, r)))
     choices = reader.chosen(rules)
     env |= {name: choice for name, choice in choices.items() if name not in model.facts}
+    named: set[str] = set()
     for pattern, rule in rules:
         for kind in model.kinds(pattern):
             if rule.optional not in model.without and holds(rule, kind, env, choices):
                 reader.take(pattern, rule, kind)
+                named.update(rule.parsed.tensors)
+    if spec.rules_from == "format":
+        reader.bound.absent += _unplaced(model, named)
     return reader.finish(ignored, rules)

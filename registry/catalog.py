@@ -45,7 +45,9 @@ class Codec:
 
 _registered: dict[tuple[str, str], ArchitectureSpec | FormatSpec] = {}
 _containers: dict[str, Container] = {}
-_codecs: dict[str, Codec] = {}
+_codecs: dict[str, Codec] = {
+    "minus_exp": Codec("minus_exp", lambda x: -x.float().exp(), lambda x: (-x.float()).log(), lossy=True)
+}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class View(Mapping[str, "torch.Tensor"]):
     ) -> None:  # fmt: skip
         spec = catalog.format_spec(to)
         layout, _ = fitted(spec, parallel or Parallel())
-        target, plan = prepare_target(source, spec, layout, merged_options(spec, source.architecture, options), dtype)
+        chosen = merged_options(spec, source.architecture, options)
+        source, target, plan, _ = prepare_target(source, spec, layout, chosen, dtype)
         self.format, self.parallel = to, layout
         self._source, self._slots, self._plan = source, target.slots, plan
         self._by_name: dict[str, list[int]] = {}

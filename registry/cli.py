@@ -49,7 +49,7 @@ def _convert(args: argparse.Namespace) -> Outcome:
     """Convert the checkpoint SRC into another format, written to the directory DST."""
     with _progress(args) as progress:
         report = registry.convert(
-            args.source, args.target, **_wanted(args), **_reading(args), overwrite=args.overwrite,
+            args.source, args.target, **_wanted(args), **_reading(args), ranks=args.ranks, overwrite=args.overwrite,
             threads=args.threads, durable=not args.no_sync, progress=progress,
         )  # fmt: skip
     return Outcome(str(report), report.as_dict())
@@ -170,6 +170,13 @@ def _stages(text: str) -> int | list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number of stages nor layer counts with commas, such as 3,5"
         ) from None
+
+
+def _ranks(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of ranks with commas, such as 0,1") from None
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -339,6 +346,7 @@ def _add_wanted(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=_ranks, metavar="N,N", help="write only these ranks' files, beside others")
     parser.add_argument("--overwrite", action="store_true", help="replace DST where it is not empty")
     parser.add_argument("--threads", type=int, metavar="N", help="how many workers; default: one a core, at most 8")
     parser.add_argument("--no-sync", action="store_true", help="do not wait until everything is on the disk")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 
+from registry import catalog
+from registry.beside import beside, check_ranks, own_part
 from registry.collector import no_collection
 from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
-from registry.execute import Progress, execute
+from registry.execute import Progress, default_threads, execute
+from registry.losses import Loss, Watch
 from registry.parallel import Parallel
 from registry.planning import Copies, Plan
 from registry.prepare import Prepared, lay_out, prepare, wants_states
@@ -42,6 +46,7 @@ class Report:
     variants: dict[str, str] = field(factory=dict)
     left_out: dict[str, str] = field(factory=dict)
     notes: tuple[str, ...] = ()
+    losses: dict[str, Loss] = field(factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -59,7 +64,22 @@ class Report:
             reasons[reason] = reasons.get(reason, 0) + 1
         lines += [f"  left out {count} entries: {reason}" for reason, count in reasons.items()]
         lines += [f"  note: {note}" for note in self.notes]
+        lines += _loss_lines(self.losses)
         return "\n".join(lines)
+
+
+def _loss_lines(losses: Mapping[str, Loss]) -> Iterator[str]:
+    """The worst tensor of every lossy step; all are in `Report.losses`."""
+    steps: dict[str, list[str]] = {}
+    for name, loss in losses.items():
+        steps.setdefault(loss.step, []).append(name)
+    for step, names in steps.items():
+        worst = max(names, key=lambda name: losses[name].relative)
+        loss = losses[worst]
+        yield (
+            f"  lossy: {len(names)} tensors, {step}; the most is lost in {worst}: {loss.max:.3g} of a value, "
+            f"{loss.relative:.2%} of the largest"
+        )
 
 
 def _report(
@@ -72,6 +92,7 @@ def _report(
         source.architecture.name, str(prepared.parallel), len(names), files, nbytes,
         sum(len(c.source) for c in prepared.plan.copies), seconds, dict(source.bound.variants),
         dict(source.bound.left_out), (*prepared.notes, *notes),
+        prepared.quantized.losses() if prepared.quantized is not None else {},
     )  # fmt: skip
 
 
@@ -85,6 +106,7 @@ def convert(
     config: PathLike | Mapping[str, Any] | None = None,
     architecture: str | None = None,
     options: Mapping[str, Any] | None = None,
+    ranks: Sequence[int] | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     durable: bool = True,
@@ -95,28 +117,44 @@ def convert(
     `parallel` is the target's layout; `dtype` casts floating-point tensors; `config` is a HuggingFace directory, config
     file or mapping for a source that carries none; `architecture` names the model family where several fit; `options`
     are the target format's own. A target that is not empty is refused unless `overwrite`. `durable=False` leaves out
-    the syncing of files to the disk. `progress(done, total)` is called with bytes.
+    the syncing of files to the disk. `progress(done, total)` is called with bytes. With `ranks`, only the files of
+    these ranks are written, beside those that other runs of the same export write (see `registry.beside`).
 
     Raises RegistryError: CheckpointError and MappingError for the source, TargetError for the target, ArgumentError and
     ParallelError for the arguments. Whatever happens, what was at `target` before stays or is replaced as a whole.
     """
     start = time.perf_counter()
     goal = local_path(target)
-    check_target(local_path(source), goal, overwrite)
+    check_target(local_path(source), goal, overwrite or ranks is not None)
+    if ranks is not None:
+        check_ranks(catalog.format_spec(to), ranks)
     cast = None if dtype is None else dtype_name(dtype)
     with no_collection():
         loaded = load(source, config=config, architecture=architecture, states=wants_states(to, options))
         prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
         laid, notes = lay_out(prepared, options, cast)
+    everyone = laid
+    if ranks is not None:
+        own = own_part(prepared.plan, prepared.target.slots, laid, ranks)
+        prepared = evolve(prepared, plan=own.plan, target=evolve(prepared.target, slots=own.slots))
+        laid = own.laid
     needed = sum(file.size for file in laid.files)
-    with staged(goal, needed=needed, durable=durable, overwrite=overwrite) as stage:
-        write_small(stage, laid.small, laid.copies, durable=durable)
+    if prepared.quantized is not None:
+        prepared.quantized.check(threads or default_threads())
+    watch = Watch()
+    with ExitStack() as stack:
+        if ranks is None:
+            stage = stack.enter_context(staged(goal, needed=needed, durable=durable, overwrite=overwrite))
+            write_small(stage, laid.small, laid.copies, durable=durable)
+        else:
+            stage = stack.enter_context(beside(goal, laid, everyone, durable=durable, overwrite=overwrite))
         execute(
             prepared.plan, prepared.source.opened, laid, prepared.target.slots, stage,
-            threads=threads, progress=progress, durable=durable,
+            threads=threads, progress=progress, durable=durable, watch=watch,
         )  # fmt: skip
     files = len(laid.files) + len(laid.small) + len(laid.copies)
-    return _report(prepared, notes, goal, files, needed, time.perf_counter() - start)
+    report = _report(prepared, notes, goal, files, needed, time.perf_counter() - start)
+    return evolve(report, losses={**watch.losses(), **report.losses})
 
 
 @frozen(eq=False, slots=False)

@@ -6,7 +6,6 @@ parts. Nothing downstream of `decode` knows of encodings.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from attrs import frozen
 
 from registry import catalog
 from registry.assemble import array, mapped
+from registry.computed import Computed
 from registry.dtypes import ITEMSIZE, torch_dtype
 from registry.encoding import TENSOR, ConfigEdit, Decoder, Encoding, Ints, Part, Unfit, encoding_codec, rounded
 from registry.errors import CheckpointError
@@ -28,10 +28,6 @@ from registry.storage import Opened, Piece, Rank
 if TYPE_CHECKING:
     import torch
 
-#: Values that a codec decodes at a time: what it needs for them stays in the cache.
-_STEP = 1 << 17
-#: Values that are decoded before they are copied to their places; what does not fit is cut.
-_WINDOW = 1 << 20
 #: A stretch of a part is read whole where it is no more than so many times what is wanted of it.
 _DENSE = 4
 
@@ -44,7 +40,7 @@ def decode(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None) -> dict
 
     Raises CheckpointError for parts that lack others or do not fit them.
     """
-    edits = [encoding.config for name, encoding in spec.encodings.items() if _decode(opened, name, encoding, hub)]
+    edits = [encoding.config for name, encoding in spec.encodings.items() if _decode(opened, name, encoding, spec, hub)]
     for edit in edits:
         opened.document = _edited(opened.document, edit)
         opened.hub_config = None if opened.hub_config is None else _edited(opened.hub_config, edit)
@@ -64,7 +60,9 @@ def stored(opened: Opened) -> Iterator[Piece]:
         yield from file.parts.values() if isinstance(file, Decoded) else (piece,)
 
 
-def _decode(opened: Opened, name: str, encoding: Encoding, hub: Mapping[str, Any] | None) -> bool:
+def _decode(
+    opened: Opened, name: str, encoding: Encoding, spec: FormatSpec, hub: Mapping[str, Any] | None
+) -> bool:  # fmt: skip
     """Decode the tensors of one encoding, if there are any."""
     if not any(piece.dtype in encoding.tensor.dtype for piece in opened.pieces):
         return False
@@ -73,7 +71,11 @@ def _decode(opened: Opened, name: str, encoding: Encoding, hub: Mapping[str, Any
     whole = {key: held for key, held in found.items() if len(held) == len(encoding.stored)}
     if not whole and all(_get(document, path) is None for path in encoding.config.remove):
         return False
-    problems = _incomplete(opened, encoding, {key: held for key, held in found.items() if key not in whole})
+    others = {i for other in spec.encodings.values() if other is not encoding for i in _whole(opened.pieces, other)}
+    broken = {k: h for k, h in found.items() if k not in whole and not others.intersection(h.values())}
+    if not whole and not broken:
+        return False
+    problems = _incomplete(opened, encoding, broken)
     parameters = {
         key: entry.default if (value := _get(document, entry.field)) is None else value
         for key, entry in encoding.parameters.items()
@@ -91,9 +93,28 @@ def _decode(opened: Opened, name: str, encoding: Encoding, hub: Mapping[str, Any
             decoded[held[TENSOR]] = Decoded(_path(opened, parts[TENSOR]), encoding.dtype, decoder, parts)
     if problems:
         raise _error(opened, name, problems)
-    _replace(opened, decoded, {i for held in whole.values() for i in held.values()})
+    beside = {i for pattern in encoding.beside for i, piece in enumerate(opened.pieces) if _like(piece.name, pattern)}
+    opened.state["ranges"] = opened.state.get("ranges", {}) | {
+        opened.pieces[i].name: opened.pieces[i]
+        for i in (*beside, *(i for held in whole.values() for part, i in held.items() if part != TENSOR))
+    }
+    _replace(opened, decoded, {i for held in whole.values() for i in held.values()} | beside)
     opened.notes.append(f"decoded {len(decoded)} tensors from {name} to {encoding.dtype}")
     return bool(decoded)
+
+
+def _like(name: str, pattern: str) -> bool:
+    head, tail = pattern.split("*")
+    return name.startswith(head) and name.endswith(tail)
+
+
+def _whole(pieces: Sequence[Piece], encoding: Encoding) -> Iterator[int]:
+    """The pieces that are parts of an encoding's tensors, each with a type that the part may have."""
+    for held in _found(pieces, encoding).values():
+        if len(held) == len(encoding.stored) and all(
+            pieces[i].dtype in encoding.stored[part].dtype for part, i in held.items()
+        ):
+            yield from held.values()
 
 
 def _found(pieces: Sequence[Piece], encoding: Encoding) -> dict[tuple[Rank | None, str], dict[str, int]]:
@@ -208,66 +229,24 @@ def _without(document: dict[str, Any], steps: list[str], *instead: Any) -> dict[
 
 
 @frozen(eq=False)
-class Decoded:
-    """The file that an encoded tensor's values would be in, row by row. See `registry.files.Virtual`."""
+class Decoded(Computed):
+    """The file that an encoded tensor's values would be in."""
 
     path: Path
     dtype: str
     decoder: Decoder
     parts: Mapping[str, Piece]
+    label = "decoded"
 
-    def read_into(self, files: SourceFiles, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset`: whole rows together, and parts of rows at either end."""
-        item, width = ITEMSIZE[self.dtype], self.decoder.shape[-1]
-        while len(buffer):
-            element, skip = divmod(offset, item)
-            row, column = divmod(element, width)
-            wanted = min(-(-(skip + len(buffer)) // item), _WINDOW)
-            rows = 1 if column else max(1, wanted // width)
-            columns = min(width - column, wanted)
-            data = self._window(files, np.arange(row, row + rows), column, column + columns)[skip:]
-            n = min(len(data), len(buffer))
-            buffer[:n] = data[:n]
-            buffer, offset = buffer[n:], offset + n
+    @property
+    def width(self) -> int:
+        """As in `Computed`."""
+        return self.decoder.shape[-1]
 
-    def boxes(
-        self, files: SourceFiles, offset: int, size: Sequence[int], stride: Sequence[int]
-    ) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
-        """A strided box that begins at byte `offset`, in parts: (where in the box, its raw elements)."""
-        item, width = ITEMSIZE[self.dtype], self.decoder.shape[-1]
-        for low, part in _cut(offset // item, tuple(size), tuple(stride), width):
-            first = offset // item + sum(i * s for i, s in zip(low, stride, strict=True))
-            at = (*(slice(i, i + n) for i, n in zip(low, part, strict=True)), ...)
-            window = _window(first, part, stride, width)
-            if window is None:
-                last = first + sum((n - 1) * s for n, s in zip(part, stride, strict=True))
-                stretch = files.scratch("a stretch", (last + 1 - first) * item)
-                self.read_into(files, first * item, stretch)
-                yield at, array(stretch, item, part, stride, 0)
-            else:
-                values = self._window(files, window.rows, window.begin, window.end)
-                yield at, array(values, item, part, window.stride, 0)
-
-    def _window(self, files: SourceFiles, rows: Ints, begin: int, end: int) -> memoryview:
-        """Columns [begin, end) of some rows, in this thread's scratch."""
-        item = ITEMSIZE[self.dtype]
-        scratch = files.scratch("a window", len(rows) * (end - begin) * item)
-        values = array(scratch, item, (len(rows), end - begin), (end - begin, 1), 0)
-        step = max(1, _STEP // (end - begin))
-        for i in range(0, len(rows), step):
-            for at in range(begin, end, _STEP):
-                to = min(at + _STEP, end)
-                found = self.decoder.decode(_Reader(files, self.parts), rows[i : i + step], at, to)
-                values[i : i + step, at - begin : to - begin] = self._raw(found, values.dtype)
-        return scratch
-
-    def _raw(self, values: torch.Tensor, dtype: np.dtype[Any]) -> np.ndarray:
-        """Values as raw elements of the declared type."""
-        import torch
-
-        if values.dtype != torch_dtype(self.dtype):
-            values = rounded(values, self.dtype)
-        return values.view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).numpy().view(dtype)
+    def values(self, files: SourceFiles, rows: Ints, begin: int, end: int) -> torch.Tensor:
+        """As in `Computed`."""
+        found = self.decoder.decode(_Reader(files, self.parts), rows, begin, end)
+        return found if found.dtype == torch_dtype(self.dtype) else rounded(found, self.dtype)
 
 
 @frozen
@@ -294,58 +273,3 @@ class _Reader:
         else:
             raw = mapped(self.files, piece.file, item, (span, columns), (width, 1), at)[rows - first]
         return torch.from_numpy(raw).view(torch_dtype(piece.dtype))
-
-
-class _Window(NamedTuple):
-    """Rows and columns that hold a box, and the strides of the box in a matrix of them."""
-
-    rows: Ints
-    begin: int
-    end: int
-    stride: tuple[int, ...]
-
-
-def _columns(first: int, size: Sequence[int], stride: Sequence[int], width: int) -> tuple[int, int]:
-    """[begin, end) of the columns that a box reaches into; its end is beyond the row where it runs on into the next."""
-    begin = first % width
-    return begin, begin + 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if s % width)
-
-
-def _window(first: int, size: Sequence[int], stride: Sequence[int], width: int) -> _Window | None:
-    """The rows and columns of a box; None for one that runs on from row to row."""
-    begin, end = _columns(first, size, stride, width)
-    if end > width:
-        return None
-    steps = list(stride)
-    rows = np.array([first // width], dtype=np.int64)
-    across = end - begin
-    for axis in sorted((d for d in range(len(size)) if stride[d] % width == 0), key=lambda d: -stride[d]):
-        rows = (rows[:, None] + np.arange(size[axis]) * (stride[axis] // width)).ravel()
-    for axis in sorted((d for d in range(len(size)) if stride[d] % width == 0), key=lambda d: stride[d]):
-        steps[axis], across = across, across * size[axis]
-    return _Window(rows, begin, end, tuple(steps))
-
-
-def _cut(
-    first: int, size: tuple[int, ...], stride: tuple[int, ...], width: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Parts of a box that decode little enough at a time, as (where it begins, its size)."""
-    waiting = [((0,) * len(size), size)] if math.prod(size) else []
-    while waiting:
-        low, part = waiting.pop()
-        start = first + sum(i * s for i, s in zip(low, stride, strict=True))
-        begin, end = _columns(start, part, stride, width)
-        if end > width:
-            count = 1 + sum((n - 1) * s for n, s in zip(part, stride, strict=True))
-        else:
-            count = (end - begin) * math.prod(n for n, s in zip(part, stride, strict=True) if s % width == 0)
-        axes = [d for d, n in enumerate(part) if n > 1]
-        if count <= _WINDOW or not axes:
-            yield low, part
-            continue
-        # Halves along the axis that reaches furthest: what lies together is decoded together.
-        axis = max(axes, key=lambda d: stride[d])
-        half = part[axis] // 2
-        upper = tuple(i + half if d == axis else i for d, i in enumerate(low))
-        waiting.append((upper, tuple(n - half if d == axis else n for d, n in enumerate(part))))
-        waiting.append((low, tuple(half if d == axis else n for d, n in enumerate(part))))

@@ -97,6 +97,11 @@ class Encoding(Model):
         default="bfloat16", description="the type that values are decoded to"
     )
     parameters: dict[str, Parameter] = Field(default={}, description="what else the codec must know")
+    beside: list[Annotated[str, AfterValidator(_pattern)]] = Field(
+        default=[],
+        description="further tensors of a layer that say nothing about its weights: they are kept as ranges, for a"
+        " target that is quantised again",
+    )
     config: ConfigEdit = Field(default=ConfigEdit(), description="how decoding changes the HuggingFace config")
 
     @property
@@ -194,6 +199,51 @@ class ScaledBlocks:
         return _looked_up(table.view(f"u{ITEMSIZE[dtype]}").ravel(), index, dtype)
 
 
+class ScaledRows:
+    """Values of one byte, all times one scale, or each row times its own: float32(value) * float32(scale)."""
+
+    def __init__(self, parts: Mapping[str, Part], dtype: str) -> None:
+        self.shape, scale = parts[TENSOR].shape, parts["scale"].shape
+        if len(self.shape) != 2:
+            raise Unfit(TENSOR, "rows and columns", self.shape)
+        if scale not in ((), (1,), self.shape[:1], (self.shape[0], 1)):
+            raise Unfit("scale", f"one scale, or {(self.shape[0], 1)}, one for each row", scale)
+        self._each = scale not in ((), (1,))
+
+    def decode(self, read: Read, rows: Ints, begin: int, end: int) -> torch.Tensor:
+        """As in `Decoder`."""
+        import torch
+
+        scale = read("scale", 1, rows if self._each else np.zeros(1, dtype=np.int64), 0, 1).to(torch.float32)
+        return read(TENSOR, self.shape[1], rows, begin, end).to(torch.float32) * scale
+
+
+class Nvfp4:
+    """FP4 (E2M1) values, two in a byte, low half first: each 16 times a scale in 8 bits, and all times another one."""
+
+    def __init__(self, parts: Mapping[str, Part], dtype: str) -> None:
+        packed, scale = parts[TENSOR].shape, parts["scale"].shape
+        if len(packed) != 2:
+            raise Unfit(TENSOR, "rows and columns", packed)
+        self.shape = (packed[0], packed[1] * 2)
+        if scale != (packed[0], packed[1] // 8) or packed[1] % 8:
+            raise Unfit("scale", f"{(packed[0], packed[1] // 8)}, a scale for every 16 of {self.shape}", scale)
+        if parts["global_scale"].shape not in ((), (1,)):
+            raise Unfit("global_scale", "one number", parts["global_scale"].shape)
+
+    def decode(self, read: Read, rows: Ints, begin: int, end: int) -> torch.Tensor:
+        """As in `Decoder`."""
+        import torch
+
+        first, last = begin // 16, -(-end // 16)
+        packed = read(TENSOR, self.shape[1] // 2, rows, first * 8, last * 8).to(torch.int64)
+        scale = read("scale", self.shape[1] // 16, rows, first, last).to(torch.float32)
+        whole = read("global_scale", 1, np.zeros(1, dtype=np.int64), 0, 1).to(torch.float32)
+        positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        values = torch.cat([positive, -positive])[torch.stack([packed & 15, packed >> 4], -1).flatten(1)]
+        return (values * (scale * whole).repeat_interleave(16, 1))[:, begin - first * 16 : end - first * 16]
+
+
 class Mxfp4:
     """Blocks of 32 FP4 (E2M1) values in 16 bytes, low nibble first, times a power of two in one byte (E8M0)."""
 
@@ -259,3 +309,5 @@ def _fp4_pairs(dtype: str) -> NDArray[Any]:
 
 register_encoding_codec("fp8_block", ScaledBlocks)
 register_encoding_codec("mxfp4", Mxfp4)
+register_encoding_codec("fp8_rows", ScaledRows)
+register_encoding_codec("nvfp4", Nvfp4)

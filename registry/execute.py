@@ -26,10 +26,21 @@ from registry.crc import combine, crc32
 from registry.dtypes import ITEMSIZE
 from registry.errors import MappingError, TargetError
 from registry.files import SourceFiles, TargetFiles
+from registry.losses import Watch
 from registry.planning import Plan
 from registry.storage import Laid, Opened, Piece, Slot, slot_bytes
 
-__all__ = ["TILE", "Assembler", "Progress", "array", "assembler", "check_replicas", "copy_strided", "execute"]
+__all__ = [
+    "TILE",
+    "Assembler",
+    "Progress",
+    "array",
+    "assembler",
+    "check_replicas",
+    "copy_strided",
+    "default_threads",
+    "execute",
+]
 
 #: Smaller tiles mean more steps in Python, larger ones leave the cache.
 TILE = 2 << 20
@@ -212,9 +223,9 @@ class _Run:
 
 def execute(
     plan: Plan, opened: Opened, laid: Laid, slots: Sequence[Slot], root: Path, *,
-    threads: int | None = None, progress: Progress | None = None, durable: bool = True,
+    threads: int | None = None, progress: Progress | None = None, durable: bool = True, watch: Watch | None = None,
 ) -> int:  # fmt: skip
-    """Write every data file of a target below `root`. Returns the bytes written.
+    """Write every data file of a target below `root`, and let `watch` note what is lost. Returns the bytes written.
 
     Raises MappingError where replicas in the source differ, CheckpointError for a source that ends early, TargetError
     where the target cannot be written.
@@ -222,7 +233,7 @@ def execute(
     places = _places(laid, np.fromiter(map(slot_bytes, slots), np.int64, len(slots)))
     with SourceFiles(opened.files) as sources:
         check_replicas(plan, opened, sources)
-        filler = assembler(plan, opened, sources, slots)
+        filler = assembler(plan, opened, sources, slots, watch)
         jobs = list(_jobs(places))
         total = sum(job.end - job.begin for job in jobs)
         queue = _Queue(_by_source(jobs, places, filler))
@@ -231,7 +242,7 @@ def execute(
             with TargetFiles(root, laid.files, durable=durable) as targets:
                 run = _Run(filler, targets, laid, places, queue, progress, total, starts)
                 _write_outer_literals(laid, jobs, targets)
-                _run_all(run, threads or min(8, os.cpu_count() or 1))
+                _run_all(run, threads or default_threads())
                 _seal(run, len(slots))
                 targets.sync()
         except OSError as error:
@@ -241,6 +252,11 @@ def execute(
                 hint="free space or choose another target; what was there before is untouched",
             ) from error  # fmt: skip
     return total
+
+
+def default_threads() -> int:
+    """How many threads do the work where the caller names no number."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _write_outer_literals(laid: Laid, jobs: Sequence[Job], targets: TargetFiles) -> None:

@@ -26,19 +26,26 @@ Ints = NDArray[np.int64]
 
 
 class Coding(NamedTuple):
-    """How stored values stand for logical ones: encode(logical * scale + offset)."""
+    """How stored values stand for logical ones: encode(logical * scale + offset).
+
+    With `via`, the logical value is rounded to that type before anything else is done to it.
+    """
 
     scale: float = 1.0
     offset: float = 0.0
     codec: str | None = None
+    via: str | None = None
 
 
-def coding(rule: Rule, env: Mapping[str, Any]) -> Coding:
-    """The coding of one rule for one model. Raises MappingError for an offset that is no number."""
+def coding(rule: Rule, env: Mapping[str, Any], dtype: str | None = None) -> Coding:
+    """The coding of one rule for one model, where weights are cast to `dtype`. Raises MappingError for an offset that
+    is no number."""
     offset = expressions.parse(rule.offset)(env)
     if isinstance(offset, bool) or not isinstance(offset, int | float):
         raise MappingError("an offset is no number", where=f"{rule.layout}: {rule.offset}", found=repr(offset))
-    return Coding(rule.scale, float(offset), rule.codec)
+    changed = bool(offset or rule.codec or rule.dtype)
+    via = dtype if dtype is not None and changed and expressions.parse(rule.cast_first)(env) else None
+    return Coding(rule.scale, float(offset), rule.codec, via)
 
 
 def holds(rule: Rule, kind: Kind, env: Mapping[str, Any], choices: Mapping[str, str]) -> bool:

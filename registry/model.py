@@ -98,6 +98,14 @@ def write_document(
     return document
 
 
+def with_fields(document: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with some fields, by dotted path, said as given."""
+    said = copy.deepcopy(dict(document))
+    for path, value in fields.items():
+        _set(said, path, value)
+    return said
+
+
 def extension(spec: FormatSpec, architecture: ArchitectureSpec) -> Extension | None:
     """What an architecture adds to a format, if anything."""
     return architecture.formats.get(spec.name) or architecture.formats.get(spec.extensions_of or "")

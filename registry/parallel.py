@@ -48,7 +48,9 @@ class Parallel:
 
     `pp` is a number of stages, or a list of layer counts, one a stage, for uneven stages; with `vpp` > 1 the list has
     one count for each of `pp * vpp` model chunks in the order of the layers. `etp` defaults to `tp`.
-    Raises ArgumentError.
+    With `nested`, experts are shared out within the ranks of `tp` (ep x etp = tp, ep fastest), as TensorRT-LLM counts
+    them (tensorrt_llm/mapping.py), and not over further ranks. Raises ArgumentError, and ParallelError for sizes of
+    which nesting makes nothing.
     """
 
     tp: int
@@ -59,6 +61,7 @@ class Parallel:
     cp: int
     dp: int
     layers: tuple[int, ...] | None = field(default=None)
+    nested: bool = field(default=False)
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class Parallel:
         etp: int | None = None,
         cp: int = 1,
         dp: int = 1,
+        *,
+        nested: bool = False,
     ) -> None:
         layers = _sizes(pp)
         problems = [
@@ -84,12 +89,29 @@ class Parallel:
             problems.append(f"pp lists {len(layers)} model chunks, which vpp={vpp} does not divide")
         if problems:
             raise ArgumentError("bad parallel layout", details=problems)
+        if nested and (tp % ep or (etp or tp // ep) * ep != tp):
+            raise ParallelError(
+                "experts are shared out within the ranks of tp", expected="ep x etp = tp",
+                found=f"ep {ep} x etp {etp or tp // ep} with tp {tp}",
+                hint=f"choose ep {' or '.join(str(n) for n in range(1, tp + 1) if tp % n == 0)}, and leave etp out",
+            )  # fmt: skip
+        if nested and ep > 1 and cp > 1:
+            raise ParallelError("experts cannot be shared out together with contexts", found=f"ep {ep} and cp {cp}",
+                                hint="choose ep 1 or cp 1")  # fmt: skip
         stages = pp if isinstance(pp, int) else len(layers or ()) // vpp
-        self.__attrs_init__(tp, stages, vpp, ep, etp, cp, dp, layers)
+        self.__attrs_init__(tp, stages, vpp, ep, etp, cp, dp, layers, nested)
 
     def size(self, dimension: str) -> int:
         """How many ranks there are along `dimension`."""
-        return self.etp or self.tp if dimension == "etp" else int(getattr(self, dimension))
+        if dimension == "etp":
+            return self.etp or (self.tp // self.ep if self.nested else self.tp)
+        return int(getattr(self, dimension))
+
+    def with_size(self, dimension: str, size: int) -> Parallel:
+        """This layout with another size along `dimension`. Raises as the constructor does."""
+        sizes: dict[str, int | None] = {d: self.size(d) for d in ("tp", "vpp", "ep", "cp", "dp")}
+        sizes |= {"etp": None if self.nested else self.etp, dimension: size}
+        return Parallel(pp=self.layers or self.pp, nested=self.nested, **sizes)  # type: ignore[arg-type]  # etp alone may be None
 
     def env(self) -> dict[str, int]:
         """The sizes as names for expressions."""
@@ -106,12 +128,16 @@ class Parallel:
         (megatron/core/parallel_state.py, RankGenerator). Raises ParallelError where more than one of them would write
         the file of one (tp, ep), as Megatron's per-rank files are named.
         """
+        if self.nested:
+            return [{"tp": i, "ep": i % self.ep, "etp": i // self.ep} for i in range(self.tp)]
         return [
             {"tp": tp, "ep": ep, "etp": i} for (tp, ep), i in _expert_ranks(self.tp, self.ep, self.size("etp")).items()
         ]
 
     def index(self, dimension: str, tp: int, ep: int) -> int:
         """The index along `tp`, `ep` or `etp` of the rank whose file is that of (tp, ep)."""
+        if self.nested:
+            return {"tp": tp, "ep": tp % self.ep, "etp": tp // self.ep}[dimension]
         if dimension == "etp":
             return _expert_ranks(self.tp, self.ep, self.size("etp")).get((tp, ep), 0)
         return tp if dimension == "tp" else ep
@@ -146,7 +172,7 @@ class Parallel:
 
     def __str__(self) -> str:
         parts = [f"{name}{self.size(name)}" for name in DIMENSIONS if name != "etp" and self.size(name) > 1]
-        if self.etp not in (None, self.tp):
+        if self.etp not in (None, self.tp) and not self.nested:
             parts.append(f"etp{self.etp}")
         if self.layers:
             parts.append("layers " + "+".join(map(str, self.layers)))

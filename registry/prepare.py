@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from attrs import frozen
 
 from registry import catalog
 from registry.defaults import lost_fields
+from registry.derived import with_derived
 from registry.dtypes import is_float
-from registry.errors import ArgumentError, MappingError
-from registry.model import config_map, extension, format_rules, loose_facts, read_facts, rules_spec, write_document
+from registry.errors import ArgumentError, MappingError, ParallelError
+from registry.model import (
+    config_map,
+    extension,
+    format_rules,
+    loose_facts,
+    read_facts,
+    rules_spec,
+    with_fields,
+    write_document,
+)
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
+from registry.quantization_plan import Quantized, chosen, quantize
 from registry.rows import flat_rules, is_chained, rows_of, unrepeated
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec
@@ -37,6 +49,7 @@ class Prepared:
     plan: Plan
     notes: tuple[str, ...]
     told: bool
+    quantized: Quantized | None = None
 
 
 def merged_options(spec: FormatSpec, architecture: ArchitectureSpec, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -73,7 +86,7 @@ def wants_states(to: str, options: Mapping[str, Any] | None) -> bool:
 
 def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
     """The dimensions of a layout that the format shards over; a note about those that have no effect on it."""
-    kept = {dim: parallel.size(dim) if dim in spec.parallel else 1 for dim in ("tp", "vpp", "ep")}
+    kept = {dim: parallel.size(dim) if dim in spec.parallel else 1 for dim in ("tp", "vpp", "ep", "cp")}
     lost = [dim for dim in ("tp", "pp", "vpp", "ep", "etp") if dim not in spec.parallel and parallel.size(dim) > 1]
     lost = [dim for dim in lost if not (dim == "etp" and parallel.etp in (None, parallel.tp))]
     pp: int | tuple[int, ...] = (parallel.layers or parallel.pp) if "pp" in spec.parallel else 1
@@ -82,7 +95,8 @@ def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
             f"{spec.name} has no virtual pipeline stages", found=f"vpp {parallel.vpp} with a list of layer counts"
         )
     note = [f"{spec.name} is not sharded over {', '.join(lost)}: those sizes have no effect"] if lost else []
-    return Parallel(pp=pp, etp=parallel.etp if "etp" in spec.parallel else None, **kept), note
+    etp = parallel.etp if "etp" in spec.parallel else None
+    return Parallel(pp=pp, etp=etp, **kept, nested=spec.experts_within is not None), note
 
 
 def _extends(architecture: str, spec: FormatSpec) -> bool:
@@ -112,10 +126,20 @@ def _choices(source: Source, spec: FormatSpec, options: Mapping[str, Any]) -> di
 
 def prepare_target(
     source: Source, spec: FormatSpec, parallel: Parallel, options: Mapping[str, Any], dtype: str | None
-) -> tuple[Target, Plan]:
-    """Bind the target and plan every copy. Raises ArgumentError, MappingError and ParallelError."""
+) -> tuple[Source, Target, Plan, Quantized | None]:
+    """Bind the target and plan every copy; the source has what is made up for it besides.
+
+    Raises ArgumentError, CheckpointError, MappingError and ParallelError.
+    """
+    source = with_derived(source, spec, dtype)
     target = bound_target(source, spec, parallel, options, dtype)
-    return target, make_plan(source.bound, source.opened, target.groups, target.slots, source.model)
+    choice = chosen(spec.quantizations, options)
+    if choice is None:
+        plan = make_plan(source.bound, source.opened, target.groups, target.slots, source.model)
+        return source, target, plan, None
+    rules = list(format_rules(spec, source.architecture))
+    made = quantize(source, spec, choice, rules, parallel, options, _choices(source, spec, options), dtype)
+    return made.source, made.target, made.plan, made
 
 
 def bound_target(
@@ -131,6 +155,7 @@ def bound_target(
         )  # fmt: skip
     if dtype is not None and not is_float(dtype):
         raise ArgumentError("dtype casts to a floating-point type of at least 16 bits", found=dtype)
+    _check_limits(source, spec, parallel)
     choices = _choices(source, spec, options)
     kinds = [state for state in source.model.states if state in spec.states]
     owner = rules_spec(spec, source.architecture)
@@ -140,7 +165,14 @@ def bound_target(
         rules = [(p, r if any(map(is_state, r.parsed.tensors)) else r.model_copy(update=again)) for p, r in rules]
     rows = bool(kinds) and spec.flat is not None and spec.flat.written
     rules = list(flat_rules(spec, rules, source.model)) if rows else rules
-    target = bind_target(spec, rules, source.model, parallel, options, choices, source.dtype_of, dtype)
+
+    def bound(layout: Parallel) -> Target:
+        return bind_target(spec, rules, source.model, layout, options, choices, source.dtype_of, dtype)
+
+    try:
+        target = bound(parallel)
+    except ParallelError as error:
+        raise _with_nearest(error, spec, parallel, bound) from None
     target = kept(target, unrepeated(spec, source.model, parallel, target.slots)) if rows else target
     spare = source.architecture.spare
     if lost := [t for t in target.homeless if t not in spare and not (is_state(t) and not kinds)]:
@@ -151,22 +183,63 @@ def bound_target(
     return target
 
 
+def _check_limits(source: Source, spec: FormatSpec, parallel: Parallel) -> None:
+    """Refuse a layout that readers of the format do not take for this family. Raises ParallelError."""
+    added = extension(spec, source.architecture)
+    for dim, most in added.limits.items() if added else ():
+        if parallel.size(dim) > most:
+            raise ParallelError(
+                f"{spec.name}'s readers take {source.architecture.name} with {dim} of at most {most}",
+                where=source.opened.path, expected=f"{dim} {most}", found=str(parallel), hint=f"choose {dim} {most}",
+            )  # fmt: skip
+
+
+def _with_nearest(
+    error: ParallelError, spec: FormatSpec, parallel: Parallel, bound: Callable[[Parallel], Target]
+) -> ParallelError:
+    """The error, naming the next smaller and larger sizes that the model divides over: of ep, or of tp."""
+
+    def fits(**sizes: int) -> bool:
+        try:
+            layout = parallel
+            for dim in sorted(sizes):
+                layout = layout.with_size(dim, sizes[dim])
+            bound(layout)
+        except ParallelError:
+            return False
+        return True
+
+    def near(size: int) -> tuple[range, range]:
+        return range(size - 1, 0, -1), range(size + 1, 2 * size + 1)
+
+    eps = range(parallel.ep, 0, -1) if spec.experts_within else (parallel.ep,)
+    found = [f"ep {n}" for side in near(parallel.ep) for n in islice((n for n in side if fits(ep=n)), 1)]
+    for side in near(parallel.tp):
+        both = next(((tp, ep) for tp in side for ep in eps if fits(tp=tp, ep=ep)), None)
+        if both is not None:
+            found.append(f"tp {both[0]}" + (f" with ep {both[1]}" if both[1] != parallel.ep else ""))
+    hint = f"choose {' or '.join(found)}" if found else error.hint
+    return ParallelError(error.problem, where=error.where, expected=error.expected, found=error.found,
+                         hint=hint, details=error.details)  # fmt: skip
+
+
 def prepare(
     source: Source, to: str, *, parallel: Parallel | None = None, dtype: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Prepared:  # fmt: skip
     """Bind and plan a conversion of an opened source to the format `to`."""
     spec = catalog.format_spec(to)
-    chosen = merged_options(spec, source.architecture, options)
+    options = merged_options(spec, source.architecture, options)
     layout, notes = fitted(spec, parallel or Parallel())
-    target, plan = prepare_target(source, spec, layout, chosen, dtype)
-    shifted = sorted({copies.tensor for copies in plan.copies if copies.values.source != copies.values.target})
+    source, target, plan, quantized = prepare_target(source, spec, layout, options, dtype)
+    coded = [(copies.tensor, copies.values) for copies in plan.copies if copies.values.source != copies.values.target]
+    shifted = sorted({tensor for tensor, v in coded if v.source[:3] != v.target[:3]})
+    if first := sorted({tensor for tensor, v in coded if v.target.via not in (None, v.source_dtype)}):
+        notes.append(f"rounded to {dtype} before anything else, as the option cast_first says: {', '.join(first)}")
     if shifted:
         notes.append(f"stored with another offset, which may round: {', '.join(shifted)}")
-    return Prepared(
-        source, spec, layout, target, plan, (*source.notes, *notes, *_spared(source, spec, target)),
-        parallel is not None,
-    )  # fmt: skip
+    notes += [*_spared(source, spec, target), *(quantized.notes if quantized is not None else ())]
+    return Prepared(source, spec, layout, target, plan, (*source.notes, *notes), parallel is not None, quantized)
 
 
 def _spared(source: Source, spec: FormatSpec, target: Target) -> Iterator[str]:
@@ -182,7 +255,10 @@ def _spared(source: Source, spec: FormatSpec, target: Target) -> Iterator[str]:
 def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Laid, list[str]]:
     """Ask the target's container where everything goes; notes on facts that the target's own config cannot say."""
     asked, notes = request(prepared, options, dtype)
-    return catalog.container(prepared.spec.container).lay_out(asked), notes
+    laid = catalog.container(prepared.spec.container).lay_out(asked)
+    for name, content in prepared.quantized.small.items() if prepared.quantized is not None else ():
+        laid.small[name] = (json.dumps(content, indent=4) + "\n").encode()
+    return laid, notes
 
 
 def request(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Request, list[str]]:
@@ -200,6 +276,8 @@ def request(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | 
         same_kind = spec.container == source.spec.container or spec.config.facts == source.spec.config.facts
         base = source.opened.document if same_kind else {}
         document = write_document(facts, config_map(spec, source.architecture), env, base)
+    if prepared.quantized is not None:
+        document = with_fields(document, prepared.quantized.fields)
     manifest = {
         "version": MANIFEST_VERSION,
         "written_by": f"checkpoint-registry {library_version()}",
@@ -224,7 +302,7 @@ def _forced(prepared: Prepared, dtype: str | None) -> dict[str, str]:
     """The types of tensors that the target stores in a type of its own, for the way back."""
     source, found = prepared.source, {}
     for group in prepared.target.groups:
-        for tensor in {source.model.home(f.tensor) for f in group.fragments}:
+        for tensor in {source.model.home(f.tensor) for f in group.fragments} & source.model.tensors.keys():
             own = next(iter(source.dtypes.get(tensor, {source.dtype})))
             own = dtype if dtype is not None and is_float(own) else own
             if group.dtype != own:

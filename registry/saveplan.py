@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from registry.model import config_map
 from registry.parallel import Parallel
 from registry.plain import packed
 from registry.prepare import Prepared, fitted, prepare, request
+from registry.problems import collapse
 from registry.rankplan import Part, as_held, one_a_file, owners, part, shipped
 from registry.rankwise import pad_options, padded_axes, ranks_spec, widened
 from registry.source import PathLike, understood
 from registry.states import MASTER, is_state
-from registry.storage import Laid, ObjectSlot, Opened, Rank
+from registry.storage import Laid, ObjectSlot, Opened, Rank, Request
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +46,12 @@ class Run:
     args: dict[str, Any]
     architecture: str | None
     options: Mapping[str, Any]
+    target: Parallel | None
+    dtype: str | None
     common: dict[str, Any]
-    consumed_samples: int | None
 
 
-def arguments(args: Any) -> dict[str, Any]:
+def arguments(args: Any, consumed_samples: int | None) -> dict[str, Any]:
     """The arguments of a run as plain data, without those that are not: enumerations and the like."""
     found: dict[str, Any] = {}
     for name, value in (dict(args) if isinstance(args, Mapping) else vars(args) if args is not None else {}).items():
@@ -56,7 +59,7 @@ def arguments(args: Any) -> dict[str, Any]:
             found[name] = packed(value)
         except ArgumentError:
             continue
-    return found
+    return found if consumed_samples is None else {**found, "consumed_train_samples": consumed_samples}
 
 
 def common_state(state: OptimizerTensors | None, scheduler: Any, extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -100,28 +103,24 @@ class Work:
 
 def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard], me: int) -> Work:
     """The plan, which is the same on every rank, and this rank's part of it."""
-    together = joined(said, run.parallel)
-    boxes = catalog.format_spec(run.format).boxes  # every process has a file of its own
-    holders = together.suppliers(spread=boxes)
+    together, spec = joined(said, run.parallel), catalog.format_spec(run.format)
+    holders = together.suppliers(spread=spec.boxes)
     prepared, options = _prepared(together, holders, run, shards, me)
-    asked, _ = request(prepared, options, None)
-    asked = evolve(asked, document=_document(asked.document, prepared, run))
-    first = owners(prepared.plan, together.pieces, asked.slots)
-    writer, slots = [], []
-    for slot, piece in zip(asked.slots, first, strict=True):
-        rank = slot.rank if prepared.spec.ranked or piece < 0 else together.pieces[piece].rank or Rank()
-        rank = rank if rank._replace(vpp=0) in together.writers else Rank()
-        writer.append(together.writers[rank._replace(vpp=0)])
-        if boxes and piece >= 0:
-            writer[-1] = holders[piece]
-            rank = Rank(tp=writer[-1])
-        slots.append(slot._replace(rank=rank._replace(vpp=slot.rank.vpp)))
-    payloads = _random(said, run.parallel, prepared.spec.ranked)
-    asked = evolve(
-        asked, slots=slots, objects=[*asked.objects, *payloads], payloads=payloads, common=run.common,
-        iteration=None if run.iteration == RELEASE else run.iteration,
-    )  # fmt: skip
-    laid = catalog.container(prepared.spec.container).lay_out(asked)
+    asked, _ = request(prepared, options, run.dtype)
+    if spec.apart:
+        laid = catalog.container(spec.container).lay_out(asked)
+        slots, writer = list(asked.slots), [file % len(said) for file, _ in laid.places]
+    else:
+        asked, writer = _placed(asked, prepared, together, holders, run)
+        payloads = _random(said, run.parallel, spec.ranked)
+        beside = spec.rules_from != "format" and run.args  # where they are not the format's own config
+        asked = evolve(
+            asked, objects=[*asked.objects, *payloads], payloads=payloads,
+            common={**run.common, "args": Namespace(**run.args)} if beside else run.common,
+            iteration=None if run.iteration == RELEASE else run.iteration,
+        )  # fmt: skip
+        laid = catalog.container(spec.container).lay_out(asked)
+        slots, writer = list(asked.slots), one_a_file(laid, writer)
     folder = f"{place(run.iteration)}/"
     nested = all(file.path.startswith(folder) for file in laid.files)
     if nested:  # what lies beside the folder is the tracker, which has its time
@@ -130,10 +129,27 @@ def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard],
             small={n.removeprefix(folder): small for n, small in laid.small.items() if n.startswith(folder)},
             copies={n.removeprefix(folder): path for n, path in laid.copies.items()},
         )  # fmt: skip
-    writer = one_a_file(laid, writer)
     ship = shipped(prepared.plan, holders, writer)
     own = part(prepared.plan, slots, laid, writer, me)
     return Work(prepared.source.opened, holders, ship, own, laid, nested, prepared.notes)
+
+
+def _placed(
+    asked: Request, prepared: Prepared, together: Joined, holders: Sequence[int], run: Run
+) -> tuple[Request, list[int]]:
+    """The request with each slot at a rank of its own process, and that process; and with the run's own arguments."""
+    spec = prepared.spec
+    writer, slots = [], []
+    for slot, piece in zip(asked.slots, owners(prepared.plan, together.pieces, asked.slots), strict=True):
+        rank = slot.rank if spec.ranked or piece < 0 else together.pieces[piece].rank or Rank()
+        rank = rank if rank._replace(vpp=0) in together.writers else Rank()
+        writer.append(together.writers[rank._replace(vpp=0)])
+        if spec.boxes and piece >= 0:  # every process has a file of its own
+            writer[-1] = holders[piece]
+            rank = Rank(tp=writer[-1])
+        slots.append(slot._replace(rank=rank._replace(vpp=slot.rank.vpp)))
+    document = _document(asked.document, prepared, run) if spec.rules_from == "format" else asked.document
+    return evolve(asked, slots=slots, document=document), writer
 
 
 def _prepared(
@@ -167,7 +183,13 @@ def _prepared(
     options: dict[str, Any] = {k: v for k, v in found.items() if k in has and v in has[k].choices}
     options |= pad_options(target, source.architecture, source.bound.padded, run.parallel)
     options |= run.options
-    prepared = prepare(source, run.format, parallel=run.parallel, options=options)
+    prepared = prepare(source, run.format, parallel=run.target or run.parallel, options=options, dtype=run.dtype)
+    if made := prepared.source.opened.pieces[len(together.pieces) :]:
+        raise ArgumentError(
+            "this export computes tensors of others, of which each process has a part only",
+            found=", ".join(collapse(sorted({piece.name for piece in made}), 4)),
+            hint="save a training checkpoint, and convert that",
+        )  # fmt: skip
     alike = target.boxes and spec.rules_from == target.rules_from == "architecture"
     if alike or (run.format == run.names and target.ranked):
         prepared = as_held(prepared, together.pieces)
@@ -184,8 +206,7 @@ def _document(written: Mapping[str, Any], prepared: Prepared, run: Run) -> dict[
     fields = config_map(prepared.spec, prepared.source.architecture)
     ours = {path for name in fields.facts for path in fields.paths(name)} | fields.write.keys()
     own = {name: value for name, value in run.args.items() if name not in ours or name not in written}
-    consumed = {} if run.consumed_samples is None else {"consumed_train_samples": run.consumed_samples}
-    return {**written, **own, **consumed}
+    return {**written, **own}
 
 
 def _random(said: Sequence[Announcement], parallel: Parallel, ranked: bool) -> dict[ObjectSlot, Any]:

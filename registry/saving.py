@@ -7,16 +7,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
 from registry import background as beside
-from registry import local, rng
+from registry import catalog, local, rng
 from registry.announce import Announcement, announcement, named
 from registry.background import Task
 from registry.commit import staged, write_small
-from registry.errors import TargetError
+from registry.dtypes import dtype_name
+from registry.errors import ArgumentError, TargetError
 from registry.execute import execute
 from registry.local import Key, Memory, OptimizerTensors, Shard
 from registry.manager import RELEASE, Checkpoints, place, valid
@@ -27,6 +28,9 @@ from registry.retention import Pruned, Retention
 from registry.saveplan import Run, Work, arguments, common_state, planned
 from registry.source import PathLike, local_path
 from registry.storage import Rank
+
+if TYPE_CHECKING:
+    import torch
 
 
 @define
@@ -92,6 +96,8 @@ def save(
     args: Any = None,
     architecture: str | None = None,
     options: Mapping[str, Any] | None = None,
+    target: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
     random_states: bool = True,
     trackers: rng.Trackers = None,
     consumed_samples: int | None = None,
@@ -111,6 +117,8 @@ def save(
     scheduler: an object with state_dict(), or plain data. extra: plain data, rank 0's.
     parallel, rank: the layout, and this rank's place in it (default: Megatron's order of ranks).
     names: the format whose names the shards have. config, args, architecture: what says the model's sizes.
+    target, dtype: the layout and type that are written, in a format that is no training checkpoint but made for others
+    to read, a file a rank (TensorRT-LLM). Its files are dealt out to the processes, and each is sent what it writes.
     trackers: random generators by name, or an object with get_states().
     retention: which older iterations go away afterwards.
     background: return when everything is copied to host memory, and write the copy beside the training. What goes wrong
@@ -130,13 +138,19 @@ def save(
         weights = local.model_tensors(model)
         state = local.optimizer_tensors(optimizer, weights) if optimizer is not None else OptimizerTensors()
         run = Run(
-            goal, RELEASE if iteration is None else valid(iteration), format, names, layout, config, arguments(args),
-            architecture, dict(options or {}),
-            common_state(state if optimizer is not None else None, scheduler, extra), consumed_samples,
+            goal, RELEASE if iteration is None else valid(iteration), format, names, layout, config,
+            arguments(args, consumed_samples), architecture, dict(options or {}), target,
+            None if dtype is None else dtype_name(dtype),
+            common_state(state if optimizer is not None else None, scheduler, extra),
         )  # fmt: skip
+        if not catalog.format_spec(format).apart and (target, dtype) != (None, None):
+            raise ArgumentError(
+                f"{format} is written as it is, in the layout and type of the run", found="target= or dtype=",
+                hint="leave them out, and convert what was saved",
+            )  # fmt: skip
         agreed = [
             ("the path", str(goal)), ("the iteration", run.iteration), ("the format", format), ("the layout", layout),
-            ("the names", names), ("overwrite", overwrite),
+            ("the names", names), ("overwrite", overwrite), ("the target's layout", target), ("dtype", run.dtype),
         ]  # fmt: skip
         shards = {key: local.shard(tensor) for key, tensor in named(weights, state).items()}
         here = rank or own_rank(layout, everyone.rank, everyone.size)

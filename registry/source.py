@@ -29,6 +29,7 @@ from registry.model import (
     write_document,
 )
 from registry.problems import collapse
+from registry.quantization_decoding import decode_quantized
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.states import check_states, held_states, is_state, with_states
 from registry.storage import Opened, slot_bytes
@@ -156,6 +157,7 @@ def understood(
 ) -> Source:  # fmt: skip
     """What has been opened, bound to its model."""
     where = opened.path
+    decode_quantized(opened, spec)
     hub = decode(opened, spec, read_config(config) if config is not None else opened.hub_config)
     name = architecture or (None if hub is None else hub.get("model_type")) or opened.architecture
     if config is not None and isinstance(config, str | os.PathLike):

@@ -16,8 +16,9 @@ from registry import expressions
 from registry.encoding import Encoding
 from registry.flat_rules import Flat
 from registry.parallel import DIMENSIONS
+from registry.quantization import Quantizations
 from registry.repeats import Repeat, defined, repeated
-from registry.tensor_rules import AXIS, Expression, Model, Rule, Rules, Scalar, named_axes
+from registry.tensor_rules import AXIS, Derived, Expression, Model, Rule, Rules, Scalar, named_axes
 
 
 class Problems(ValueError):
@@ -98,6 +99,9 @@ class Extension(Model):
         default={}, description="document fields that must have this value to be this architecture"
     )
     options: dict[str, Any] = Field(default={}, description="the format's defaults, where the family has others")
+    limits: dict[str, int] = Field(
+        default={}, description="parallel dimension -> the most ranks that readers take for this family"
+    )
 
 
 class Optional(Model):
@@ -341,6 +345,9 @@ class FormatSpec(Spec):
         default="format", description="whose rules and config map hold: the format's own, or each architecture's"
     )
     ranked: bool = Field(default=False, description="every rank has files of its own, with names local to its stage")
+    apart: bool = Field(
+        default=False, description="every rank has one file, in their order, so that ranks may be written one by one"
+    )
     parallel: list[str] = Field(default=[], description="the parallel dimensions that the format shards over")
     closed: bool = Field(default=False, description="its readers know only architectures that extend it")
     extensions_of: str | None = Field(
@@ -348,6 +355,9 @@ class FormatSpec(Spec):
     )
     tied: bool = Field(default=False, description="tensors that are another one are written too")
     boxes: bool = Field(default=False, description="a tensor may be stored in any boxes, such as its ranks hold")
+    experts_within: Literal["tp"] | None = Field(
+        default=None, description="ep x etp are the ranks of this dimension, ep fastest, and not further ones"
+    )
     replicate: dict[str, list[str]] = Field(
         default={}, description="parallel dimension -> axes repeated when shorter than it"
     )
@@ -362,16 +372,24 @@ class FormatSpec(Spec):
     )
     flat: Flat | None = Field(default=None, description="optimizer state in flat buffers, which is read too")
     config: ConfigMap = Field(default=ConfigMap(), description="the format's config document against the facts")
+    derived: dict[str, Derived] = Field(
+        default={}, description="logical tensors that are computed of others, which rules of this format may name"
+    )
     encodings: dict[str, Encoding] = Field(
         default={}, description="ways to store a tensor as several, which are decoded on reading"
     )
+    quantizations: Quantizations | None = Field(default=None, description="the quantisation that the format offers")
 
     def problems(self) -> Iterator[str]:
         """As in `Spec`, and what only a format can get wrong."""
         yield from super().problems()
+        if self.quantizations is not None:
+            yield from self.quantizations.problems(set(self.options))
         for dim in (*self.parallel, *self.replicate):
             if dim not in DIMENSIONS:
                 yield f"parallel: unknown dimension {dim!r}"
+        for name, derived in self.derived.items():
+            yield from (f"derived.{name}.{problem}" for problem in derived.problems())
         for pattern, rule in self.sound():
             if along := set(_axes(pattern)) & expressions.parse(rule.when or "true").names:
                 yield f"{pattern}: {sorted(along)[0]!r} in `when`: only families differ along an axis, ask has()"

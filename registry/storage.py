@@ -59,6 +59,7 @@ class Opened:
     checkpoint; `state` whatever else the format keeps, for a target of the same container: under `training` what
     belongs to the optimizer, and under `carried` the entries that it was read from. `training(rank)` reads what a
     training run keeps beside its tensors, as plain data: what all ranks share, or with a rank also what is its own.
+    `module_states()` reads what modules keep beside their weights: rank -> module, as names have it -> numbers by name.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Opened:
     state: dict[str, Any] = field(factory=dict)
     notes: list[str] = field(factory=list)
     training: Callable[[Rank | None], dict[str, Any]] | None = None
+    module_states: Callable[[], dict[Rank | None, dict[str, dict[str, list[float]]]]] | None = None
 
 
 class Slot(NamedTuple):

@@ -172,7 +172,7 @@ class _Writer:
         first = len(self.target.slots)
         index: list[tuple[int, ...]] = []
         for stage, layers in self.places(spelling, rule):
-            rank = _rank(at, stage)
+            rank = _rank(at, stage, self.parallel)
             spans = [self.span(n, at, layers, kind) for n in named] + [layers for _ in folded]
             places = list(itertools.product(*spans))
             names = [template % local for local in itertools.product(*self.local(named, spans, at, layers))]
@@ -191,7 +191,7 @@ class _Writer:
         columns = np.array(index, dtype=np.int64).reshape(len(index), len(axes))
         self.target.groups.append(
             Group(
-                spelling.pattern, rule.layout, coding(rule, self.env), dtype, shape,
+                spelling.pattern, rule.layout, coding(rule, self.env, self.dtype), dtype, shape,
                 tuple(without(f, axes) for f in fragments), np.arange(first, len(self.target.slots), dtype=np.int64),
                 {axis: columns[:, k] for k, axis in enumerate(axes) if not rule.replica or axis in own},
             )
@@ -238,7 +238,7 @@ class _Writer:
             for at in self.shard_ranks():
                 for stage, layers in self.places(spelling, rule):
                     spans = [self.span(n, at, layers, kind) for n in named]
-                    whole, rank = tuple(self.model.sizes[n.axis] for n in folded), _rank(at, stage)
+                    whole, rank = tuple(self.model.sizes[n.axis] for n in folded), _rank(at, stage, self.parallel)
                     origins = list(itertools.product(*(self.span(n, at, layers, kind) for n in folded)))
                     for shown in itertools.product(*self.local(named, spans, at, layers)):
                         name = template % shown
@@ -251,9 +251,9 @@ def _named(dim: Node) -> Named:
     return Named(dim.name, None, dim.shard)
 
 
-def _rank(at: Mapping[str, int], stage: Stage) -> Rank:
+def _rank(at: Mapping[str, int], stage: Stage, parallel: Parallel) -> Rank:
     """Whose file an entry is in; experts' shards lie with the rank that has their tensor-parallel index."""
-    return Rank(at.get("tp", at.get("etp", 0)), stage.pp, at.get("ep", 0), stage.vpp)
+    return Rank(at.get("tp", at.get("etp", 0)), stage.pp, 0 if parallel.nested else at.get("ep", 0), stage.vpp)
 
 
 def _grid(dim: Node, box: Box, parallel: Parallel) -> Iterator[tuple[int, int, dict[str, int]]]:

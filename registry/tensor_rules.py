@@ -62,6 +62,9 @@ class Rule(Model):
     dtype: str | None = Field(default=None, description="stored in this type whatever the source's")
     scale: float = Field(default=1.0, description="stored = logical * scale + offset")
     offset: Expression = Field(default="0", description="stored = logical * scale + offset, over facts")
+    cast_first: Expression = Field(
+        default="false", description="values are cast to the type of the weights before anything is done to them"
+    )
     codec: str | None = Field(default=None, description="a registered codec that encodes the stored values")
     pad: dict[str, Expression] = Field(
         default={}, description="axis -> the multiple that its stored size is rounded up to"
@@ -119,3 +122,25 @@ def as_rules(value: Any) -> Any:
 
 
 Rules = Annotated[list[Rule], BeforeValidator(as_rules)]
+
+
+class Derived(Model):
+    """A logical tensor that no checkpoint has by itself: it is computed of others, for formats that store it too."""
+
+    codec: Literal["absorb"] = Field(description="what computes it, in `registry.derived`")
+    of: dict[str, str] = Field(description="what the codec calls a part -> the part's layout, without the index")
+    index: list[str] = Field(description="axes that parts and result share: it is computed for each of their indices")
+    axes: list[str] = Field(description="the result's further axes, in the order of the codec's dimensions")
+
+    def problems(self) -> list[str]:
+        """What is wrong with it by itself."""
+        found = []
+        for part, text in self.of.items():
+            try:
+                axes = parse(text).axes.values()
+            except RegistryError as error:
+                found.append(f"{part}: {error}")
+            else:
+                if len(axes) != 1 or set(self.index) & {axis for own in axes for axis in own}:
+                    found.append(f"{part}: a part is one tensor, without the axes of the index")
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from registry import catalog
 from registry.dtypes import torch_dtype
+from registry.groups import Coding
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 15
 
 
-def convert(target: np.ndarray, source: np.ndarray, values: Values) -> None:
+#: Takes values before and after they were rounded.
+Note = Callable[["torch.Tensor", "torch.Tensor"], None]
+
+
+def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note | None = None) -> None:
     """Fill `target` with the values of `source`. Both are arrays of raw elements (unsigned integers of their width).
 
     The stored value of a rule is `encode(logical * scale + offset)`. Affine rules are applied in float32, or in float64
@@ -31,19 +37,26 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values) -> None:
         step = max(1, target.shape[axis] * _BLOCK // target.size)
         for i in range(0, target.shape[axis], step):
             at = (slice(None),) * axis + (slice(i, i + step),)
-            convert(target[at], source[at], values)
+            convert(target[at], source[at], values, note)
         return
     a, b = values.source, values.target
     tensor = _tensor(source if source.flags.writeable else source.copy(), values.source_dtype)
     if a.codec:
         tensor = catalog.codec(a.codec).decode(tensor)
+    if b.via:
+        if (a.scale, a.offset) != (1, 0):
+            tensor, a = (tensor.to(_dtype("float32")) - a.offset) / a.scale, Coding()
+        tensor = tensor.to(_dtype(b.via))
     if (a.scale, a.offset) != (b.scale, b.offset):
         wide = "float64" in (values.source_dtype, values.target_dtype)
         tensor = tensor.to(_dtype("float64" if wide else "float32"))
         tensor = (tensor - a.offset) / a.scale * b.scale + b.offset
     if b.codec:
         tensor = catalog.codec(b.codec).encode(tensor)
-    _tensor(target, values.target_dtype).copy_(tensor)
+    found = _tensor(target, values.target_dtype)
+    found.copy_(tensor)
+    if note is not None:
+        note(tensor, found)
 
 
 def _tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:

@@ -36,7 +36,8 @@ class Family:
         str, ...
     ] = ()  # globs: what the published files hold besides the weights, and what does not come back
     formats: tuple[str, ...] = MCORE  # that take it; the others must refuse it
-    rounded: str | None = None  # a glob: what TensorRT-LLM stores with 1 added, or others too without its first rows
+    # a glob: what TensorRT-LLM stores with 1 added or as another function of it, or others too without its first rows
+    rounded: str | None = None
     experts: bool = False
 
 
@@ -277,8 +278,9 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": _tiny("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _DEEPSEEK_V3),
     "glm4_moe_lite_hub": _tiny("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _DEEPSEEK_V3, hub=hub.deepseek_mtp,
                                dropped=_MTP_COPIES),
-    "deepseek_v2": _tiny("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, n_shared_experts=2),
-    "deepseek_v2_lite": _tiny("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, n_shared_experts=2, q_lora_rank=None),
+    "deepseek_v2": _tiny("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, n_shared_experts=2, formats=ALL),
+    "deepseek_v2_lite": _tiny("deepseek_v2", "DeepseekV2ForCausalLM", _MLA, n_shared_experts=2, q_lora_rank=None,
+                              formats=ALL),
     "deepseek_v3": _tiny("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK_V3),
     "deepseek_v3_hub": _tiny("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK_V3, hub=hub.deepseek_mtp,
                              dropped=_MTP_COPIES),
@@ -293,7 +295,7 @@ FAMILIES: dict[str, Family] = {
     "llama4_hub": _tiny("llama4", "Llama4ForCausalLM", _LLAMA4, hub=hub.llama4_package),
 
     # state space models and hybrids
-    "mamba": _tiny("mamba", "MambaForCausalLM", _MAMBA, time_step_rank=5, formats=(HF, DCP)),
+    "mamba": _tiny("mamba", "MambaForCausalLM", _MAMBA, time_step_rank=5, formats=(HF, DCP, TRTLLM), rounded="*.A_log"),
     "mamba2": _tiny("mamba2", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=14, n_groups=2),
     "mamba2_tied": _tiny("mamba2", "Mamba2ForCausalLM", _MAMBA | _TIED, num_heads=8, head_dim=14, n_groups=4),
     "nemotron_h": _tiny("nemotron_h", "NemotronHForCausalLM", _NEMOTRON_H | _NEMOTRON_MOE,
@@ -307,7 +309,7 @@ FAMILIES: dict[str, Family] = {
     # encoders, and encoders with decoders
     "bert": _tiny("bert", "BertForMaskedLM", _BERT, formats=(HF, DCP)),
     "bert_base": _tiny("bert", "BertModel", _BERT, formats=(HF, DCP)),
-    "bert_classifier": _tiny("bert", "BertForSequenceClassification", _BERT, num_labels=3, formats=(HF, DCP)),
+    "bert_classifier": _tiny("bert", "BertForSequenceClassification", _BERT, num_labels=3, formats=(HF, DCP, TRTLLM)),
     "bert_hub": _tiny("bert", "BertForPreTraining", _BERT, hub=hub.bert_gamma_beta, formats=(HF, DCP)),
     "t5": _tiny("t5", "T5ForConditionalGeneration", _T5, formats=(HF, DCP)),
     "t5_gated": _tiny("t5", "T5ForConditionalGeneration", _T5, feed_forward_proj="gated-gelu", formats=(HF, DCP)),

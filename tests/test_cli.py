@@ -228,7 +228,7 @@ def test_version_and_help(run):
 # --- every flag -------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {"to": "trtllm", "parallel": None, "dtype": None, "options": None, "config": None, "architecture": None}
-WRITING = {"overwrite": False, "threads": None, "durable": True, "progress": None}
+WRITING = {"ranks": None, "overwrite": False, "threads": None, "durable": True, "progress": None}
 EVERY_READING_FLAG = "--config conf --architecture mistral"
 READ = {"config": "conf", "architecture": "mistral"}
 EVERY_LAYOUT_FLAG = (
@@ -246,11 +246,14 @@ def wanted():
 def test_the_flags_of_convert(run, called):
     calls = called("convert")
     assert run("convert a b --to trtllm") == (0, "reported\n", "")
-    writing = "--overwrite --threads 3 --no-sync --quiet"
+    writing = "--ranks 0,3 --overwrite --threads 3 --no-sync --quiet"
     assert run(f"convert a b {EVERY_LAYOUT_FLAG} {EVERY_READING_FLAG} {writing}") == (0, "", "")
     assert calls == [
         (("a", "b"), DEFAULTS | WRITING),
-        (("a", "b"), {**wanted(), **READ, "overwrite": True, "threads": 3, "durable": False, "progress": None}),
+        (
+            ("a", "b"),
+            {**wanted(), **READ, "ranks": [0, 3], "overwrite": True, "threads": 3, "durable": False, "progress": None},
+        ),
     ]
     assert calls[1][1]["parallel"].layers == (3, 5)
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import registry
-from registry import Parallel, assemble, catalog, decoding, encoding
+from registry import Parallel, assemble, catalog, computed, decoding, encoding
 from registry.errors import CheckpointError, MappingError, SpecError
 from registry.files import SourceFiles
 from registry.source import load
@@ -180,8 +180,8 @@ def test_any_strided_box(
     for name, piece in decoded.pieces.items():
         expected = torch.as_strided(decoded.tensor(name), size, stride, offset).contiguous().view(torch.int16)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "_WINDOW", window)
-            patch.setattr(decoding, "_STEP", step)
+            patch.setattr(computed, "_WINDOW", window)
+            patch.setattr(computed, "_STEP", step)
             patch.setattr(decoding, "_DENSE", dense)
             found = assemble.box(decoded.files, piece.file, 2, size, stride, offset * 2)
         assert np.array_equal(found.view(np.int16), expected.numpy())

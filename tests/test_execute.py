@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from registry import assemble, crc, execute
 from registry.errors import CheckpointError, MappingError, TargetError
 from registry.execute import array
+from registry.groups import Coding
 from registry.planning import Copies, Plan, Values, merge
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Slot, slot_bytes
-from registry.tensor_rules import Rule
 
-RULE = Rule(layout="t: a")
+CODING = Coding()
 DTYPES = {1: "uint8", 2: "bfloat16", 4: "float32", 8: "int64", 16: "complex128"}
 
 
@@ -54,7 +54,7 @@ class Case:
         to = np.cumprod([1, *size[:0:-1]])[::-1].tolist() if size else []
         k, volume = len(self.slots), int(np.prod(size))
         box, of, into = merge(size, stride, to)
-        values = Values(self.dtype, self.to, RULE, RULE)
+        values = Values(self.dtype, self.to, CODING, CODING)
         self.plan.copies.append(Copies("t", box, of, into, values, ints(k), ints(cut), ints(k), ints(pad)))
         self.pieces.append(Piece(f"s{k}", self.dtype, (int(np.prod(stored)),), 0, begin))
         self.slots.append(Slot(f"t{k}", self.to, (volume + 2 * pad,), Rank()))
@@ -163,7 +163,7 @@ def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:
     case.add((16,), (0,))
     case.source += case.source
     case.pieces.append(Piece("twin", "uint8", (16,), 0, 16))
-    values = Values("uint8", "uint8", RULE, RULE)
+    values = Values("uint8", "uint8", CODING, CODING)
     case.plan.replicas.append(Copies("t", (16,), (1,), (1,), values, ints(0), ints(0), ints(1), ints(0)))
     assert case.run()[0] == case.expected
     (tmp_path / "out" / "target").unlink()
@@ -196,9 +196,7 @@ def test_a_source_that_is_too_short(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
-def test_a_target_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
-) -> None:
+def test_a_target_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str) -> None:
     def fail(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 

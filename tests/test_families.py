@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import registry
-from registry import Parallel
+from registry import Parallel, catalog
 from tests.families import DCP, FAMILIES, HF, LEGACY, MEGATRON, TRTLLM, build, load
 from tests.test_round_trip import same_directory
 
@@ -26,6 +26,7 @@ LAYOUTS = {
 EXPERT_LAYOUTS = {
     MEGATRON: [Parallel(tp=2, ep=2)],
     LEGACY: [Parallel(ep=2), Parallel(tp=2, pp=2, ep=4, etp=1)],
+    TRTLLM: [Parallel(tp=2, ep=2)],
 }
 #: One of each kind of layout that transformers 5 fuses in memory and unfuses in files, or the other way round.
 RUN = ["mixtral", "qwen3_next", "gpt_oss", "deepseek_v2_lite", "falcon_40b", "phi3", "bloom_hub", "granitemoe", "olmo2",
@@ -59,7 +60,9 @@ def cases() -> list[tuple[str, str, Parallel]]:
     for name, family in FAMILIES.items():
         for to in family.formats:
             layouts = LAYOUTS[to] + (EXPERT_LAYOUTS.get(to, []) if family.experts else [])
-            found += [(name, to, parallel) for parallel in layouts]
+            extension = catalog.architecture(family.architecture).formats.get(to)
+            limits = extension.limits if extension else {}
+            found += [(name, to, p) for p in layouts if all(p.size(dim) <= most for dim, most in limits.items())]
     return found
 
 

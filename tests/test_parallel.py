@@ -23,6 +23,21 @@ def test_sizes_and_defaults() -> None:
     assert Parallel(pp=[1, 2, 2, 1], vpp=2).size("pp") == 2
 
 
+def test_experts_within_the_ranks_of_tp() -> None:
+    """As tensorrt_llm/mapping.py counts: moe_tp_rank = tp_rank // moe_ep_size, moe_ep_rank = tp_rank % moe_ep_size."""
+    parallel = Parallel(tp=6, ep=2, nested=True)
+    assert parallel.size("etp") == 3
+    ranks = parallel.expert_ranks()
+    assert [(at["tp"], at["etp"], at["ep"]) for at in ranks] == [
+        (0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1), (4, 2, 0), (5, 2, 1)
+    ]  # fmt: skip
+    assert all(parallel.index(dim, at["tp"], 0) == at[dim] for at in ranks for dim in ("tp", "etp", "ep"))
+    assert parallel.with_size("tp", 4) == Parallel(tp=4, ep=2, nested=True)
+    for wrong in ({"ep": 4}, {"ep": 2, "etp": 6}, {"ep": 2, "cp": 2}):
+        with pytest.raises(ParallelError):
+            Parallel(tp=6, nested=True, **wrong)
+
+
 def test_it_is_a_value() -> None:
     assert Parallel(tp=2, pp=[1, 2]) == Parallel(tp=2, pp=(1, 2)) != Parallel(tp=2, pp=2)
     assert len({Parallel(tp=2), Parallel(tp=2), Parallel(tp=3)}) == 2

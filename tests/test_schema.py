@@ -272,12 +272,30 @@ def test_a_format_names_only_tensors_and_axes_of_some_architecture(name: str) ->
     for architecture_name in ARCHITECTURES:
         for tensor, axes in catalog.architecture(architecture_name).logical().items():
             logical.setdefault(tensor, set()).add(frozenset(axes))
+    for made in spec.derived.values():
+        for text in made.of.values():
+            ((tensor, axes),) = layout.parse(text).axes.items()
+            assert {*axes, *made.index} in logical[tensor], f"{name}: {text}"
+    logical |= {tensor: {frozenset({*made.index, *made.axes})} for tensor, made in spec.derived.items()}
     for pattern, rule in spec.rules():
         for tensor, axes in rule.parsed.axes.items():
             if tensor not in logical and tensor.startswith(tuple(repeat.prefix for repeat in spec.repeats)):
                 continue  # what no family has a second time
             here = {*axes, *(axis for axis, *_ in named_axes(pattern))}
             assert here in logical[tensor], f"{name}: {pattern} has {tensor} over {here}"
+
+
+def test_mistakes_in_derived_tensors_are_listed() -> None:
+    data = catalog.format_spec("trtllm").source()
+    assert data is not None
+    parts = {"query": "[q: a | v: b] c", "key": "k: layer nope", "other": "(("}
+    wrong = {"codec": "absorb", "of": parts, "index": ["layer"], "axes": ["c"]}
+    with pytest.raises(SpecError) as error:
+        catalog.build({**data, "derived": {"made": wrong}}, "trtllm.yaml")
+    text = "\n".join(error.value.details)
+    assert "derived.made.query: a part is one tensor" in text
+    assert "derived.made.key: a part is one tensor" in text
+    assert "derived.made.other: expected ')'" in text
 
 
 # The JSON Schema for editors

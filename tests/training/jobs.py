@@ -84,6 +84,16 @@ def save(
     return found.path
 
 
+def export(path: str, whole: str, layout: Layout, target: Layout, **more: Any) -> Any:
+    """Write the running model in a format for inference, in another layout than its own."""
+    chunks, _ = from_whole(whole, layout)
+    found = registry.save(
+        path, model=chunks if len(chunks) > 1 else chunks[0], parallel=Parallel(**layout),
+        target=Parallel(**target), config=more.pop("config", CONFIGS["dense"]), random_states=False, **more,
+    )  # fmt: skip
+    return [found.path, found.nbytes]
+
+
 def load(
     path: str, whole: str, layout: Layout, optimizer: bool = True, kind: str = "dense", unpadded: int | None = None,
     add: float = 0, **more: Any,

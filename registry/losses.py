@@ -1,0 +1,70 @@
+"""What a conversion loses: how far values are from what they were, noted as they are rounded."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from attrs import define, field, frozen
+
+from registry.dtypes import ITEMSIZE, is_float
+
+if TYPE_CHECKING:
+    import torch
+
+    from registry.planning import Values
+
+
+@frozen
+class Loss:
+    """What a tensor lost: in which step, the most that a value did, and that as a part of the largest value."""
+
+    step: str
+    max: float
+    relative: float
+
+
+@define(eq=False)
+class Watch:
+    """Notes what is lost when values are rounded to a type, by logical tensor. Any number of threads may use one."""
+
+    _found: dict[tuple[str, str], tuple[float, float]] = field(factory=dict)
+    _lock: threading.Lock = field(factory=threading.Lock)
+
+    @staticmethod
+    def rounds(values: Values) -> bool:
+        """May values be rounded? Codecs of rules and what is cast twice say for themselves that they are lossy."""
+        a, b = values.source_dtype, values.target_dtype
+        if values.source.codec or values.target.codec or values.target.via or not (is_float(a) and is_float(b)):
+            return False
+        if values.source[:2] != values.target[:2]:
+            return True
+        return a != b and ITEMSIZE[b] <= ITEMSIZE[a]
+
+    def note(self, tensor: str, values: Values, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Compare values before and after."""
+        import torch
+
+        if not before.numel():
+            return
+        wide = before.to(torch.float64 if before.dtype == torch.float64 else torch.float32)
+        off = after - wide if after.dtype == wide.dtype else after.to(wide.dtype).sub_(wide)
+        lost, largest = _largest(off), _largest(wide)
+        key = tensor, f"{values.source_dtype} to {values.target_dtype}"
+        with self._lock:
+            known = self._found.get(key, (0.0, 0.0))
+            self._found[key] = max(known[0], lost), max(known[1], largest)
+
+    def losses(self) -> dict[str, Loss]:
+        """What was lost, by logical tensor; those that lost nothing are left out."""
+        return {
+            tensor: Loss(step, off, off / largest if largest else 0.0)
+            for (tensor, step), (off, largest) in self._found.items()
+            if off
+        }
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest size of a value. Not through abs(), which would write them all once more."""
+    low, high = values.aminmax()
+    return max(-float(low), float(high))

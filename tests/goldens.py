@@ -53,6 +53,11 @@ CONTENTS = {
         *(f"trtllm/trt_{case}" for case in ("gpt2_tp1_pp1", "gpt2_tp2_pp1")),
         "trtllm/mo_llama_none_tp2",
     ],
+    "quantized": [
+        "trtllm/_inputs/llama_h128",
+        *(f"trtllm/mo_llama_{case}" for case in ("fp8_tp1", "nvfp4_tp1", "fp8pcpt_tp2", "fp8_kvfp8_tp1")),
+        "trtllm/_schemas",
+    ],
 }
 
 

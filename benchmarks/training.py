@@ -83,8 +83,8 @@ def _state(layers: int, tp: int, rank: int) -> tuple[dict[str, Any], dict[str, d
 
 def _ours(do: str, path: str, layers: int, tp: int, rank: int) -> float:
     import registry
-    import registry.loading
-    import registry.saving  # as the others have imported what they need
+    import registry.training.loading
+    import registry.training.saving  # as the others have imported what they need
 
     weights, moments = _state(layers, tp, rank)
     optimizer = {"state": moments, "param_groups": [{"lr": 1e-3}]}

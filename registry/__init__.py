@@ -39,12 +39,12 @@ if TYPE_CHECKING:
         TargetError,
         UnsafePickleError,
     )
-    from registry.loading import Loaded, load
-    from registry.manager import Checkpoints
     from registry.parallel import Parallel
-    from registry.retention import Retention
-    from registry.saving import Saved, save
     from registry.storage import Rank
+    from registry.training.loading import Loaded, load
+    from registry.training.manager import Checkpoints
+    from registry.training.retention import Retention
+    from registry.training.saving import Saved, save
 
 _HOMES = {
     "registry.api": ("architectures convert formats inspect open plan register schema stream verify"),
@@ -54,11 +54,11 @@ _HOMES = {
         "ArgumentError CheckpointError DetectionError ExperimentalError LayoutError MappingError ParallelError "
         "RegistryError SpecError TargetError UnsafePickleError"
     ),
-    "registry.loading": "Loaded load",
+    "registry.training.loading": "Loaded load",
     "registry.parallel": "Parallel",
-    "registry.manager": "Checkpoints",
-    "registry.retention": "Retention",
-    "registry.saving": "Saved save",
+    "registry.training.manager": "Checkpoints",
+    "registry.training.retention": "Retention",
+    "registry.training.saving": "Saved save",
     "registry.storage": "Rank",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

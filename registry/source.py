@@ -29,7 +29,7 @@ from registry.model import (
     write_document,
 )
 from registry.problems import collapse
-from registry.quantization_decoding import decode_quantized
+from registry.quantization.decoding import decode_quantized
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.states import check_states, held_states, is_state, with_states
 from registry.storage import Opened, slot_bytes

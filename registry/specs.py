@@ -16,7 +16,7 @@ from registry import expressions
 from registry.encoding import Encoding
 from registry.flat_rules import Flat
 from registry.parallel import DIMENSIONS
-from registry.quantization import Quantizations
+from registry.quantization.declared import Quantizations
 from registry.repeats import Repeat, defined, repeated
 from registry.tensor_rules import AXIS, Derived, Expression, Model, Rule, Rules, Scalar, named_axes
 

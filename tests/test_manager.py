@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 import registry
 from registry import commit
 from registry.errors import ArgumentError, CheckpointError, TargetError
-from registry.manager import TRACKER, Checkpoints, Found, Iteration, openable, place
-from registry.retention import Retention
+from registry.training.manager import TRACKER, Checkpoints, Found, Iteration, openable, place
+from registry.training.retention import Retention
 
 # --- a checkpoint that says itself whether it is whole: two files of data and the digest of both ----------------------
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import registry
 from registry import catalog
 from registry.cli import main
-from registry.quantization_formulas import parse
+from registry.quantization.formulas import parse
 from registry.storage import Rank
 from tests.goldens import SHARED, TrtllmCase, golden, trtllm_cases
 

@@ -7,7 +7,7 @@ import torch
 
 import registry
 from registry import Parallel
-from registry.ranks import check_ranks
+from registry.training.ranks import check_ranks
 from tests.training import Job, results, run
 from tests.training.jobs import Layout, adam
 from tests.training.kill import outcomes

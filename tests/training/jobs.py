@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import registry
 from registry import Parallel
-from registry.manager import Checkpoints
+from registry.training.manager import Checkpoints
 from tests.training.model import CONFIGS, Model, Place, cut
 
 Layout = dict[str, int]

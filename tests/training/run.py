@@ -23,8 +23,8 @@ import torch.distributed.tensor
 import transformers
 from torch.multiprocessing import _prctl_pr_set_pdeathsig as die_with_parent  # type: ignore[attr-defined]
 
-import registry.loading
-import registry.saving  # noqa: F401
+import registry.training.loading
+import registry.training.saving  # noqa: F401
 from registry import catalog
 from tests.training import jobs as functions
 

@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from registry import background as beside
-from registry import catalog, local, rng
-from registry.announce import Announcement, announcement, named
-from registry.background import Task
+from registry import catalog
 from registry.commit import staged, write_small
 from registry.dtypes import dtype_name
 from registry.errors import ArgumentError, TargetError
 from registry.execute import execute
-from registry.local import Key, Memory, OptimizerTensors, Shard
-from registry.manager import RELEASE, Checkpoints, place, valid
 from registry.parallel import Parallel
 from registry.plain import packed, unpacked
-from registry.ranks import Team, own_rank, team
-from registry.retention import Pruned, Retention
-from registry.saveplan import Run, Work, arguments, common_state, planned
 from registry.source import PathLike, local_path
 from registry.storage import Rank
+from registry.training import background as beside
+from registry.training import local, rng
+from registry.training.announce import Announcement, announcement, named
+from registry.training.background import Task
+from registry.training.local import Key, Memory, OptimizerTensors, Shard
+from registry.training.manager import RELEASE, Checkpoints, place, valid
+from registry.training.ranks import Team, own_rank, team
+from registry.training.retention import Pruned, Retention
+from registry.training.saveplan import Run, Work, arguments, common_state, planned
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,6 @@ import numpy as np
 from attrs import field, frozen
 
 from registry import expressions
-from registry import quantization_formulas as formulas
 from registry.assemble import array
 from registry.computed import Computed, Ints
 from registry.dtypes import ITEMSIZE, is_float, torch_dtype
@@ -25,8 +24,9 @@ from registry.encoding import rounded
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
 from registry.problems import collapse
-from registry.quantization import Quantizations, Scheme
-from registry.quantization_layouts import stored_name
+from registry.quantization import formulas
+from registry.quantization.declared import Quantizations, Scheme
+from registry.quantization.layouts import stored_name
 from registry.specs import FormatSpec
 from registry.storage import Opened, Piece, Rank
 
@@ -223,7 +223,7 @@ class Restored(Computed):
 
 @frozen
 class _Parts:
-    """Rows and columns of a weight, for the formula that restores it. See `registry.quantization_formulas.Block`."""
+    """Rows and columns of a weight, for the formula that restores it. See `registry.quantization.formulas.Block`."""
 
     of: Restored
     files: SourceFiles

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from attrs import define, field
 
-from registry import local
 from registry.assemble import Assembler, assembler
 from registry.dtypes import torch_dtype
 from registry.errors import ArgumentError, CheckpointError, MappingError
 from registry.files import SourceFiles
-from registry.local import Key
 from registry.parallel import Parallel
 from registry.plain import unpacked
 from registry.planning import make_plan
 from registry.prepare import bound_target, fitted, merged_options
 from registry.problems import collapse
-from registry.rankwise import NO_MASTER, pad_options, padded_sizes, ranks_spec, widened, without_master
 from registry.source import Source
 from registry.specs import FormatSpec
 from registry.states import MASTER
 from registry.storage import Rank, Slot, slot_bytes
 from registry.target import Target, kept
-from registry.wrapped import groups_of, matched, stepped
+from registry.training import local
+from registry.training.local import Key
+from registry.training.rankwise import NO_MASTER, pad_options, padded_sizes, ranks_spec, widened, without_master
+from registry.training.wrapped import groups_of, matched, stepped
 
 if TYPE_CHECKING:
     import torch

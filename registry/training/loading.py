@@ -11,18 +11,18 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from registry import background, filling, local, rng
 from registry.errors import ArgumentError, CheckpointError
-from registry.filling import Rankwise
-from registry.manager import RELEASE, TRACKER, Checkpoints, Found
 from registry.model import config_map, loose_facts, read_facts
 from registry.parallel import Parallel
 from registry.plain import unpacked
-from registry.ranks import check_ranks, own_rank, team
-from registry.saveplan import OURS
 from registry.source import PathLike, Source, local_path
 from registry.source import load as open_source
 from registry.storage import Rank
+from registry.training import background, filling, local, rng
+from registry.training.filling import Rankwise
+from registry.training.manager import RELEASE, TRACKER, Checkpoints, Found
+from registry.training.ranks import check_ranks, own_rank, team
+from registry.training.saveplan import OURS
 
 
 @frozen

@@ -2,7 +2,7 @@
 
 A scheme takes the place of single weights of the unquantised target with several stored tensors: the values in few
 bits, and the scales that they are to be multiplied with. Every one has a shape and a formula. `registry.
-quantization_formulas` evaluates the formulas, `registry.quantization_layouts` cuts the shapes for every rank.
+formulas` evaluates the formulas, `registry.quantization.layouts` cuts the shapes for every rank.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from registry import quantization_formulas
 from registry.dtypes import ITEMSIZE
 from registry.errors import RegistryError
+from registry.quantization import formulas
 from registry.tensor_rules import Expression, Model
 
 #: What a stored tensor's shape may be made of. `in/group` is one for every group of columns, `out/2` two rows in one.
@@ -29,7 +29,7 @@ def _formula(text: Any) -> Any:
     text = str(text) if isinstance(text, int | float) and not isinstance(text, bool) else text
     if isinstance(text, str):
         try:
-            quantization_formulas.parse(text)
+            formulas.parse(text)
         except RegistryError as error:
             raise ValueError(str(error)) from None
     return text
@@ -227,7 +227,7 @@ class Quantizations(Model):
             texts |= {k: v for k, v in (("decoded", scheme.decoded), ("restored", scheme.restored)) if v is not None}
             known = {*KNOWN, *self.ranges, *scheme.beside, *scheme.parameters, *scheme.let, *scheme.tensors}
             for key, text in texts.items():
-                for used in sorted(quantization_formulas.parse(text).names - known):
+                for used in sorted(formulas.parse(text).names - known):
                     yield f"quantizations.{name}.{key}: {used!r} is no range and nothing that the scheme defines"
             for key, stored in scheme.tensors.items():
                 if "in/group" in stored.shape and not scheme.groups:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from attrs import evolve
 
-from registry.local import Key, Shard
+from registry.training.local import Key, Shard
 
 if TYPE_CHECKING:
     import torch

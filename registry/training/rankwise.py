@@ -15,12 +15,12 @@ from registry.dtypes import ITEMSIZE
 from registry.errors import ArgumentError
 from registry.flat import bind_flat
 from registry.groups import template_of
-from registry.local import Key, stored_name
 from registry.model import LogicalModel, format_rules, rules_spec
 from registry.parallel import Parallel
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.states import MASTER, is_state, state_tensor, with_states
+from registry.training.local import Key, stored_name
 
 
 def ranks_spec(names: str, states: Iterable[str] = (), parallel: Parallel | None = None) -> FormatSpec:

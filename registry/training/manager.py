@@ -19,11 +19,12 @@ from typing import Final, Literal
 
 from attrs import evolve, frozen
 
-from registry import catalog, leftovers
+from registry import catalog
 from registry.commit import failed, locked, staged, sync_directory
 from registry.errors import ArgumentError, CheckpointError, RegistryError, TargetError
-from registry.retention import Pruned, Retention
 from registry.source import PathLike, detect_format, local_path
+from registry.training import leftovers
+from registry.training.retention import Pruned, Retention
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE: Final = "release"

@@ -16,7 +16,7 @@ from registry.errors import ArgumentError, MappingError
 from registry.files import SourceFiles
 from registry.problems import collapse
 from registry.states import MASTER, PREFIX
-from registry.wrapped import copies, groups_of, stepped
+from registry.training.wrapped import copies, groups_of, stepped
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,7 @@ def parameter_keys(optimizer: Any, weights: Mapping[Key, torch.Tensor]) -> dict[
 
 
 def optimizer_tensors(optimizer: Any, weights: Mapping[Key, torch.Tensor]) -> OptimizerTensors:
-    """The state of an optimizer (see `registry.wrapped`), or of a mapping {"state": {name: {kind: tensor}}, ...}."""
+    """The state of an optimizer (see `wrapped`), or of a mapping {"state": {name: {kind: tensor}}, ...}."""
     found = OptimizerTensors(groups=[{k: v for k, v in g.items() if k != "params"} for g in _groups(optimizer)])
     found.members = _members(optimizer, weights)
     steps: dict[float, Key] = {}

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from attrs import define, field, frozen
 
-from registry import quantization_formulas as formulas
 from registry.assemble import Assembler, Table, array
 from registry.computed import Computed, Ints
 from registry.dtypes import ITEMSIZE, torch_dtype
 from registry.errors import MappingError
 from registry.files import SourceFiles
-from registry.quantization import Range, Scheme, StoredTensor
+from registry.quantization import formulas
+from registry.quantization.declared import Range, Scheme, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ class Unit:
 
 
 class _Block:
-    """Some rows and columns of a unit's matrix, for formulas. See `registry.quantization_formulas.Block`."""
+    """Some rows and columns of a unit's matrix, for formulas. See `registry.quantization.formulas.Block`."""
 
     def __init__(self, unit: Unit, files: SourceFiles, rows: Ints, begin: int, end: int) -> None:
         self.unit, self.files, self.rows, self.begin, self.end = unit, files, rows, begin, end

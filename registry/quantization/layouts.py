@@ -19,7 +19,7 @@ from registry.groups import holds
 from registry.layout import Axis, Layout, Node, Part, Product, Sum, parse
 from registry.model import Kind, LogicalModel
 from registry.parallel import Parallel
-from registry.quantization import Quantizations, Scheme, StoredTensor
+from registry.quantization.declared import Quantizations, Scheme, StoredTensor
 from registry.tensor_rules import AXIS, Rule, named_axes
 
 #: (the module's pattern, the index along its pipeline axis) -> the schemes that it is stored under, by name.

@@ -2,7 +2,7 @@
 
 Weights that a scheme takes are planned twice. First as the format stores them unquantised on a single rank, where each
 is a whole matrix; nothing of that is ever written. What is stored of such a matrix becomes pieces in files on no disk,
-and a second plan cuts those for the wanted layout by the rules of `registry.quantization_layouts`. Everything else goes
+and a second plan cuts those for the wanted layout by the rules of `registry.quantization.layouts`. Everything else goes
 the usual way.
 """
 
@@ -27,12 +27,12 @@ from registry.losses import Loss
 from registry.model import LogicalModel, rules_spec
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
-from registry.quantization import Quantizations, Scheme
-from registry.quantization_decoding import read_layers
-from registry.quantization_formulas import parse
-from registry.quantization_layouts import Derived, beside, check_groups, derive, stored_name
-from registry.quantization_ranges import Calibration, Finder, Modules, parts_of, with_weights
-from registry.quantization_units import Matrix, Stage, Stored, Unit
+from registry.quantization.declared import Quantizations, Scheme
+from registry.quantization.decoding import read_layers
+from registry.quantization.formulas import parse
+from registry.quantization.layouts import Derived, beside, check_groups, derive, stored_name
+from registry.quantization.ranges import Calibration, Finder, Modules, parts_of, with_weights
+from registry.quantization.units import Matrix, Stage, Stored, Unit
 from registry.source import Source
 from registry.specs import FormatSpec
 from registry.storage import Piece, Slot, slot_bytes

@@ -25,7 +25,7 @@ from registry.files import SourceFiles
 from registry.groups import Group, spellings, template_of
 from registry.model import LogicalModel, format_rules, rules_spec
 from registry.problems import collapse
-from registry.quantization import Range
+from registry.quantization.declared import Range
 from registry.source import Source
 from registry.specs import FormatSpec, Spec
 from registry.storage import Opened, Piece, slot_bytes

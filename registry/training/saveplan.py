@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 
 from registry import catalog
-from registry.announce import Announcement, Joined, joined
 from registry.errors import ArgumentError
-from registry.local import Key, Memory, OptimizerTensors, Shard
-from registry.manager import RELEASE, Iteration, place
 from registry.model import config_map
 from registry.parallel import Parallel
 from registry.plain import packed
 from registry.prepare import Prepared, fitted, prepare, request
 from registry.problems import collapse
 from registry.rankplan import Part, as_held, one_a_file, owners, part, shipped
-from registry.rankwise import pad_options, padded_axes, ranks_spec, widened
 from registry.source import PathLike, understood
 from registry.states import MASTER, is_state
 from registry.storage import Laid, ObjectSlot, Opened, Rank, Request
+from registry.training.announce import Announcement, Joined, joined
+from registry.training.local import Key, Memory, OptimizerTensors, Shard
+from registry.training.manager import RELEASE, Iteration, place
+from registry.training.rankwise import pad_options, padded_axes, ranks_spec, widened
 
 if TYPE_CHECKING:
     import torch

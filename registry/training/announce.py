@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from attrs import frozen
 
 from registry.errors import ArgumentError
-from registry.local import Key, OptimizerTensors, Shard, stored_name
 from registry.parallel import Parallel
 from registry.plain import packed
 from registry.problems import collapse
-from registry.ranks import check_ranks
 from registry.storage import Piece, Rank, slot_bytes
+from registry.training.local import Key, OptimizerTensors, Shard, stored_name
+from registry.training.ranks import check_ranks
 
 if TYPE_CHECKING:
     import torch

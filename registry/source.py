@@ -106,10 +106,12 @@ def detect_format(path: Path) -> FormatSpec:
     return found[0]
 
 
-def read_config(config: PathLike | Mapping[str, Any]) -> dict[str, Any]:
-    """A HuggingFace config: a directory that holds config.json, the file itself, or its content."""
+def read_config(config: Any) -> dict[str, Any]:
+    """A HuggingFace config: a directory that holds config.json, the file, its content, or a config of transformers."""
     import json
 
+    if hasattr(config, "to_dict"):  # an object of transformers
+        config = config.to_dict()
     if isinstance(config, Mapping):
         return dict(config)
     path = Path(config)

@@ -211,6 +211,20 @@ def test_a_release(tmp_path: Path) -> None:
     assert same(tmp_path, 5).iteration == 0
 
 
+def test_a_model_of_transformers_as_it_is(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model(**CONFIG)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    given = {"names": "huggingface", "random_states": False}
+    registry.save(tmp_path, model=model, iteration=1, config=config, **given)
+    other = transformers.AutoModelForCausalLM.from_config(config)
+    registry.load(tmp_path, model=other, **given)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(registry.MappingError, match=r"names='megatron-legacy', which says whose names the shards have"):
+        registry.save(tmp_path, model=model, iteration=2, config=config)
+
+
 def test_finetuning_takes_the_weights_alone(tmp_path: Path) -> None:
     save(tmp_path, 4, consumed_samples=40)
     model = Model()

@@ -164,7 +164,8 @@ def _check(source: Source, tensors: Mapping[Key, torch.Tensor], at: Mapping[Key,
         raise MappingError(
             "the model is not the checkpoint's at this layout", where=source.opened.path,
             expected=f"a {source.architecture.name} model in the names of a rank", found=f"{len(details)} differences",
-            details=details[:24], hint="check that config, parallel= and rank= are those of the model that was built",
+            details=details[:24],
+            hint="check that names=, config=, parallel= and rank= are those of the model that was built",
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 
 from registry import catalog
-from registry.errors import ArgumentError
+from registry.errors import ArgumentError, MappingError
 from registry.model import config_map
 from registry.parallel import Parallel
 from registry.plain import packed
@@ -174,9 +174,14 @@ def _prepared(
     opened = Opened(
         run.goal, spec.name, files, pieces, document, parallel=layout
     )  # fmt: skip
-    source = understood(
-        opened, spec, config=run.config, architecture=run.architecture, states=bool(kinds)
-    )  # fmt: skip
+    try:
+        source = understood(opened, spec, config=run.config, architecture=run.architecture, states=bool(kinds))
+    except MappingError as error:
+        raise MappingError(
+            "the model is not what its config says, in these names", expected=f"a model in {spec.name}'s names",
+            found=error.problem, details=error.details,
+            hint=f"check names={run.names!r}, which says whose names the shards have, config=, parallel= and rank=",
+        ) from error  # fmt: skip
     kept = padded_axes(target, source.architecture)
     source = widened(source, {axis: n for axis, n in source.bound.padded.items() if axis in kept})
     found, has = source.bound.variants, target.options

@@ -31,7 +31,7 @@ megatron = [
 ]
 FULL = "fully_reshardable"
 SIXTEEN = {"make_vocab_size_divisible_by": 16}
-SHARDED = golden("megatron/llama/tp1pp1dp2_bf16_distfull_torch")
+SHARDED = "megatron/llama/tp1pp1dp2_bf16_distfull_torch"
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -71,7 +71,7 @@ def same_but_for_padding(found: dict[tuple[Any, ...], Any], expected: dict[tuple
 
 
 def test_what_megatron_wrote_is_written_again_bit_for_bit(tmp_path: Path) -> None:
-    source = SHARDED
+    source = sharded = golden(SHARDED)
     steps: list[tuple[str, Parallel]] = [
         ("megatron", Parallel(tp=2)), ("megatron-legacy", Parallel(tp=2, pp=2)),
         ("megatron-legacy", Parallel(pp=2, vpp=2)), ("megatron-legacy", Parallel()),
@@ -82,10 +82,10 @@ def test_what_megatron_wrote_is_written_again_bit_for_bit(tmp_path: Path) -> Non
         )
         assert not [name for name in report.left_out if "optimizer" in name]
         source = tmp_path / str(i)
-    same_rows(source, SHARDED)
+    same_rows(source, sharded)
     pytest.importorskip("megatron.core")  # whose classes are in the golden's arguments
     states = [
-        torch.load(next(path.rglob("model_optim_rng.pt")), weights_only=False) for path in (source, SHARDED)
+        torch.load(next(path.rglob("model_optim_rng.pt")), weights_only=False) for path in (source, sharded)
     ]  # fmt: skip
     for key in ("optimizer", "opt_param_scheduler", "iteration"):
         assert states[0][key] == states[1][key]
@@ -367,7 +367,7 @@ def test_weights_of_two_types_are_in_two_rows(tmp_path: Path) -> None:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    shutil.copytree(SHARDED, tmp_path / "source")
+    shutil.copytree(golden(SHARDED), tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/kept").write_text("kept")
     return tmp_path / "source/iter_0000010/mp_rank_00/distrib_optim.pt"

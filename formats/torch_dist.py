@@ -81,7 +81,7 @@ class Container:
             b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1,'
             b' "common_backend": "torch", "common_backend_version": 1}'
         )
-        return Laid(writer.files, writer.places, small, copies, seal=writer.seal)
+        return Laid(writer.files, writer.places, small, copies, seal=writer.seal, home=root)
 
 
 def read_metadata(path: Path) -> tuple[Any, Items]:

@@ -114,7 +114,7 @@ class Container:
         def seal(crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
             return [(file, at, data) for file, own in enumerate(seals) for at, data in own(crcs)]
 
-        return Laid(files, places, small, copies, seal=seal)
+        return Laid(files, places, small, copies, seal=seal, home=root)
 
 
 @frozen(eq=False)

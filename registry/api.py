@@ -128,17 +128,24 @@ def stream(
     return run(loaded, to, parallel, rank, None if dtype is None else dtype_name(dtype), options)
 
 
-@checked(rule("a and b are not empty", lambda a, b: "" not in (os.fspath(a), os.fspath(b))))
-def verify(a: PathLike, b: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Verification:
-    """Compare two checkpoints, in any formats and layouts, by a digest of every logical tensor. Tolerance is zero.
+@checked(rule("a and b are not empty", lambda a, b: os.fspath(a) != "" and (b is None or os.fspath(b) != "")))
+def verify(
+    a: PathLike, b: PathLike | None = None, *, config: Config | None = None, architecture: str | None = None
+) -> Verification:
+    """Is a checkpoint what was written, and with `b`, are two the same model? Tolerance is zero.
 
-    The result is true where they are the same model, and lists every difference where they are not. A side that
-    carries no config is read with the other's, or with `config` and `architecture`.
+    Every file and tensor is compared with the manifest that this library writes beside what it writes. With `b`, the
+    two are compared, in any formats and layouts, by a digest of every logical tensor; a side that carries no config is
+    read with the other's, or with `config` and `architecture`.
+
+    The result is true where all is well, and lists every difference where it is not. Raises CheckpointError for one
+    checkpoint alone that has no manifest.
     """
-    from registry.source import load_pair
-    from registry.verification import compare
+    from registry.source import local_path
+    from registry.verification import alone
+    from registry.verification import verify as run
 
-    return compare(*load_pair(a, b, config=config, architecture=architecture))
+    return alone(local_path(a)) if b is None else run(a, b, config=config, architecture=architecture)
 
 
 @checked(_some_path)

@@ -17,6 +17,7 @@ from attrs import evolve
 
 from registry.commit import check_space, failed, locked, remove, sync_directory, write_small
 from registry.errors import ArgumentError, TargetError
+from registry.manifest import own_name
 from registry.planning import Plan
 from registry.rankplan import Part, part
 from registry.specs import FormatSpec
@@ -64,7 +65,10 @@ def beside(target: Path, laid: Laid, everyone: Laid, *, durable: bool, overwrite
                 write_small(stage, small, laid.copies, durable=durable)
                 yield stage
                 _check(target, own, known, small, overwrite)  # another machine may have been faster
-                for name in [*own, *laid.copies, *small]:
+                sums = [own_name(name) for name in own]
+                for name in sums:  # while a file is exchanged, none says what it was
+                    (target / name).unlink(missing_ok=True)
+                for name in [*own, *sums, *laid.copies, *small]:
                     (target / name).parent.mkdir(parents=True, exist_ok=True)
                     (stage / name).replace(target / name)
                 for place in {(target / name).parent for name in known} if durable else ():

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from registry import catalog
+from registry.changes import check_unchanged
 from registry.dtypes import ITEMSIZE, dtype_name, torch_dtype
 from registry.errors import MappingError
 from registry.execute import assembler, check_replicas
@@ -171,6 +172,7 @@ def stream(source: Source, to: str, parallel: Parallel | None, rank: Rank | None
     view.check_replicas()
     for name in view:
         yield name, view[name]
+    check_unchanged(source.opened)
 
 
 def stored_names(source: Source, tensor: str, index: Mapping[str, int]) -> list[str]:

@@ -68,7 +68,7 @@ def _inspect(args: argparse.Namespace) -> Outcome:
 
 
 def _verify(args: argparse.Namespace) -> Outcome:
-    """Compare two checkpoints, in any formats and layouts, bit for bit. The exit code is 1 where they differ."""
+    """Compare a checkpoint with its manifest; or two, in any formats and layouts. The exit code is 1 where they differ."""
     result = registry.verify(args.a, args.b, **_reading(args))
     return Outcome(str(result), result.as_dict(), DONE if result else REFUSED)
 
@@ -314,9 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_wanted(plan)
     inspect = command("inspect", _inspect, "what a checkpoint holds")
     inspect.add_argument("path", metavar="PATH", help="a checkpoint directory")
-    verify = command("verify", _verify, "whether two checkpoints are the same model")
+    verify = command("verify", _verify, "whether a checkpoint is undamaged, or two are the same model")
     verify.add_argument("a", metavar="A", help="a checkpoint directory")
-    verify.add_argument("b", metavar="B", help="another, in any format and layout")
+    verify.add_argument("b", metavar="B", nargs="?", help="another, in any format and layout")
     view = command("view", _view, "one tensor in the terms of a format")
     view.add_argument("path", metavar="PATH", help="a checkpoint directory")
     view.add_argument("name", metavar="NAME", help="a tensor's name in that format; with * or ?, a pattern to list")

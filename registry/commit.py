@@ -195,7 +195,7 @@ def write_small(root: Path, small: Mapping[str, Small], copies: Mapping[str, Pat
     for name, content in small.items():
         data = small_bytes(content)
         total += len(data)
-        _write(root / name, data, durable)
+        write_file(root / name, data, durable)
     for name, path in copies.items():
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +210,8 @@ def write_small(root: Path, small: Mapping[str, Small], copies: Mapping[str, Pat
     return total
 
 
-def _write(path: Path, data: bytes, durable: bool) -> None:
+def write_file(path: Path, data: bytes, durable: bool) -> None:
+    """Write a new file, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
         file.write(data)

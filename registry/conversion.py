@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, evolve, field, frozen
 
-from registry import catalog
+from registry import catalog, manifest
 from registry.beside import beside, check_ranks, own_part
+from registry.changes import check_unchanged
 from registry.collector import no_collection
 from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
@@ -148,10 +149,13 @@ def convert(
             write_small(stage, laid.small, laid.copies, durable=durable)
         else:
             stage = stack.enter_context(beside(goal, laid, everyone, durable=durable, overwrite=overwrite))
-        execute(
+        crcs = execute(
             prepared.plan, prepared.source.opened, laid, prepared.target.slots, stage,
             threads=threads, progress=progress, durable=durable, watch=watch,
         )  # fmt: skip
+        check_unchanged(prepared.source.opened)
+        sums = manifest.data_sums(stage, laid, prepared.target.slots, prepared.plan, crcs)
+        manifest.write(stage, laid, sums, durable=durable, apart=ranks is not None)
     files = len(laid.files) + len(laid.small) + len(laid.copies)
     report = _report(prepared, notes, goal, files, needed, time.perf_counter() - start)
     return evolve(report, losses={**watch.losses(), **report.losses})

@@ -41,5 +41,5 @@ def combine(parts: Iterable[tuple[int, int]]) -> int:
     """The CRC32 of parts one after another, each given as (its CRC32, its bytes)."""
     total = 0
     for crc, nbytes in parts:
-        total = _multiply(_shift(nbytes), total) ^ crc
+        total = (_multiply(_shift(nbytes), total) if total else 0) ^ crc
     return total

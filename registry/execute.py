@@ -173,16 +173,16 @@ class _Run:
             if zero:
                 np.frombuffer(tile, np.uint8)[:] = 0
             self.assemble(job, ops, tile, begin, end)
-            if self.laid.seal and job.stop == job.first + 1:
+            if job.stop == job.first + 1:
                 crc = crc32(tile, crc)
-            elif self.laid.seal:
+            else:
                 self.sum(job, tile)
             self.targets.write(job.file, begin, tile)
             if self.progress:
                 with self.lock:
                     self.done += end - begin
                     self.progress(self.done, self.total)
-        if self.laid.seal and job.stop == job.first + 1:
+        if job.stop == job.first + 1:
             self.sums.setdefault(self.places.slots[job.first], []).append((job.begin, crc, job.end - job.begin))
 
     def covered(self, job: Job) -> bool:
@@ -224,8 +224,8 @@ class _Run:
 def execute(
     plan: Plan, opened: Opened, laid: Laid, slots: Sequence[Slot], root: Path, *,
     threads: int | None = None, progress: Progress | None = None, durable: bool = True, watch: Watch | None = None,
-) -> int:  # fmt: skip
-    """Write every data file of a target below `root`, and let `watch` note what is lost. Returns the bytes written.
+) -> list[int]:  # fmt: skip
+    """Write every data file of a target below `root`, and let `watch` note what is lost. Returns every slot's CRC32.
 
     Raises MappingError where replicas in the source differ, CheckpointError for a source that ends early, TargetError
     where the target cannot be written.
@@ -243,7 +243,9 @@ def execute(
                 run = _Run(filler, targets, laid, places, queue, progress, total, starts)
                 _write_outer_literals(laid, jobs, targets)
                 _run_all(run, threads or default_threads())
-                _seal(run, len(slots))
+                crcs = [combine((crc, size) for _, crc, size in sorted(run.sums.get(i, []))) for i in range(len(slots))]
+                for file, offset, data in laid.seal(crcs) if laid.seal else ():
+                    targets.write(file, offset, memoryview(data))
                 targets.sync()
         except OSError as error:
             raise TargetError(
@@ -251,7 +253,7 @@ def execute(
                 found=error.strerror or str(error),
                 hint="free space or choose another target; what was there before is untouched",
             ) from error  # fmt: skip
-    return total
+    return crcs
 
 
 def default_threads() -> int:
@@ -283,13 +285,6 @@ def _run_all(run: _Run, threads: int) -> None:
             run.stop.set()  # the first error, or an interrupt, ends the others' work too
     for future in futures:
         future.result()
-
-
-def _seal(run: _Run, count: int) -> None:
-    if run.laid.seal:
-        crcs = [combine((crc, size) for _, crc, size in sorted(run.sums.get(i, []))) for i in range(count)]
-        for file, offset, data in run.laid.seal(crcs):
-            run.targets.write(file, offset, memoryview(data))
 
 
 def check_replicas(plan: Plan, opened: Opened, sources: SourceFiles) -> None:

@@ -12,8 +12,10 @@ from attrs import frozen
 
 from registry import catalog, expressions
 from registry.bind import Bound, bind_source
+from registry.changes import stamps
 from registry.decoding import decode
 from registry.defaults import hub_facts
+from registry.documents import read_json
 from registry.dtypes import is_float
 from registry.errors import CheckpointError, DetectionError, MappingError, RegistryError
 from registry.flat import bind_flat
@@ -108,8 +110,6 @@ def detect_format(path: Path) -> FormatSpec:
 
 def read_config(config: Any) -> dict[str, Any]:
     """A HuggingFace config: a directory that holds config.json, the file, its content, or a config of transformers."""
-    import json
-
     if hasattr(config, "to_dict"):  # an object of transformers
         config = config.to_dict()
     if isinstance(config, Mapping):
@@ -117,7 +117,7 @@ def read_config(config: Any) -> dict[str, Any]:
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         found = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
@@ -141,16 +141,22 @@ def load(
 
     Raises CheckpointError, DetectionError and MappingError.
     """
-    where = local_path(path)
+    opened, spec = opened_at(local_path(path))
+    return understood(opened, spec, config=config, architecture=architecture, states=states)
+
+
+def opened_at(where: Path) -> tuple[Opened, FormatSpec]:
+    """What is at a path, and its format. Raises CheckpointError and DetectionError."""
     try:
         spec = detect_format(where)
         opened = catalog.container(spec.container).open(where, spec.name)
+        opened.stamps = stamps(opened.path)
     except OSError as error:
         raise CheckpointError(
             "the checkpoint cannot be read", where=error.filename or where, expected="to read it",
             found=error.strerror or error, hint="check the path and its permissions",
         ) from error  # fmt: skip
-    return understood(opened, spec, config=config, architecture=architecture, states=states)
+    return opened, spec
 
 
 def understood(
@@ -187,9 +193,7 @@ def understood(
 
 def carried_config(path: PathLike) -> dict[str, Any] | None:
     """The HuggingFace config that a checkpoint carries, if any."""
-    where = local_path(path)
-    spec = detect_format(where)
-    return catalog.container(spec.container).open(where, spec.name).hub_config
+    return opened_at(local_path(path))[0].hub_config
 
 
 def load_pair(

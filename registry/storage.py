@@ -57,8 +57,9 @@ class Opened:
     is known; `parallel` the layout that the checkpoint says it was written at; `entries` names of what is not a tensor;
     `side_files` what travels along (relative name -> path); `hub_config` a HuggingFace config that was carried with the
     checkpoint; `state` whatever else the format keeps, for a target of the same container: under `training` what
-    belongs to the optimizer, and under `carried` the entries that it was read from. `training(rank)` reads what a
-    training run keeps beside its tensors, as plain data: what all ranks share, or with a rank also what is its own.
+    belongs to the optimizer, and under `carried` the entries that it was read from. `stamps` are what its files were like
+    when they were opened (see `registry.changes`). `training(rank)` reads what a training run keeps beside its tensors,
+    as plain data: what all ranks share, or with a rank also what is its own.
     `module_states()` reads what modules keep beside their weights: rank -> module, as names have it -> numbers by name.
     """
 
@@ -75,6 +76,7 @@ class Opened:
     side_files: dict[str, Path] = field(factory=dict)
     state: dict[str, Any] = field(factory=dict)
     notes: list[str] = field(factory=list)
+    stamps: dict[Path, tuple[int, int, int]] = field(factory=dict)
     training: Callable[[Rank | None], dict[str, Any]] | None = None
     module_states: Callable[[], dict[Rank | None, dict[str, dict[str, list[float]]]]] | None = None
 
@@ -173,9 +175,9 @@ class Laid:
     """Where everything goes.
 
     `places[i]` is (file index, byte offset) of slot i. `small` are whole files (path -> bytes, or what makes the bytes
-    where that takes long and a plan can do without) and `copies` files to be copied (path -> source). With `seal`, the
-    engine computes the CRC32 of every slot's bytes, and `seal(crcs)` gives the last literals as (file index, offset,
-    bytes).
+    where that takes long and a plan can do without) and `copies` files to be copied (path -> source). `home` is the
+    directory of the checkpoint itself, where the target has others beside it. With `seal`, `seal(crcs)` gives the last
+    literals, (file index, offset, bytes), from the CRC32 of every slot's bytes.
     """
 
     files: list[FilePlan]
@@ -183,6 +185,7 @@ class Laid:
     small: dict[str, Small] = field(factory=dict)
     copies: dict[str, Path] = field(factory=dict)
     seal: Callable[[Sequence[int]], list[tuple[int, int, bytes]]] | None = None
+    home: str = ""
 
 
 class Container(Protocol):

@@ -1,7 +1,7 @@
-"""verify(): are two checkpoints, in any two formats and layouts, the same model? By a digest of every logical tensor.
+"""verify(): is a checkpoint what was written, and are two, in any two formats and layouts, the same model?
 
-A logical tensor's digest is taken over its bytes in canonical axis order, so it does not depend on how either side
-stores it. Tolerance is zero.
+The first is asked of the manifest that lies beside it. For the second a digest of every logical tensor is taken over
+its bytes in canonical axis order, so that it does not depend on how either side stores it. Tolerance is zero.
 """
 
 from __future__ import annotations
@@ -11,26 +11,33 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import asdict, field, frozen
+from attrs import asdict, frozen
 
+from registry import manifest
 from registry.boxes import Fragment, contiguous
+from registry.changes import check_unchanged
 from registry.checkpoint import stored_names
-from registry.execute import TILE, Assembler, assembler, check_replicas
+from registry.errors import CheckpointError
+from registry.execute import TILE, Assembler, assembler, check_replicas, default_threads
 from registry.files import SourceFiles
 from registry.groups import Coding, Group
 from registry.planning import make_plan
 from registry.problems import collapse
-from registry.source import Source
+from registry.source import PathLike, Source, detect_format, load_pair, local_path, opened_at
 from registry.storage import Rank, Slot, slot_bytes
 from registry.tensor_rules import named_axes
 
 
 @frozen
 class Difference:
-    """One logical tensor (at one index of the axes that names spell) in which two checkpoints differ."""
+    """One logical tensor (at one index of the axes that names spell) in which two checkpoints differ.
+
+    Or, where one is not what its manifest says, a tensor or a file of it that is damaged.
+    """
 
     tensor: str
     problem: str
@@ -39,13 +46,14 @@ class Difference:
 
 @frozen
 class Verification:
-    """The outcome of `verify`. True where the two are the same model."""
+    """The outcome of `verify`. True where the two are the same model, or the one is what was written."""
 
     equal: bool
     tensors: int
     differences: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
-    paths: tuple[str, str] = field(default=("", ""))
+    paths: tuple[str, ...] = ()
+    files: int = 0
 
     def __bool__(self) -> bool:
         return self.equal
@@ -55,16 +63,18 @@ class Verification:
         return asdict(self)
 
     def __str__(self) -> str:
-        if self.equal:
+        if self.equal and self.files:
+            lines = [f"whole: {self.files} files with {self.tensors} tensors are as the manifest says"]
+        elif self.equal:
             lines = [f"equal: {self.tensors} logical tensors, bit for bit"]
         else:
-            lines = [f"different: {len(self.differences)} of {self.tensors} logical tensors"]
+            what = "damaged" if self.files else "different"
+            of = f"{self.files} files" if self.files else f"{self.tensors} logical tensors"
+            lines = [f"{what}: {len(self.differences)} {'places in' if self.files else 'of'} {of}"]
             shown = collapse([f"{d.tensor}: {d.problem}" for d in self.differences])
             lines += [f"  {line}" for line in shown]
-            lines += [
-                "  stored as",
-                *(f"    {name}" for name in collapse([n for d in self.differences for n in d.stored], 6)),
-            ]
+            stored = collapse([n for d in self.differences for n in d.stored], 6)
+            lines += ["  stored as", *(f"    {name}" for name in stored)] if stored else []
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -107,7 +117,8 @@ def digests(source: Source) -> dict[str, tuple[str, str]]:
     with SourceFiles(source.opened.files) as sources, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         check_replicas(plan, source.opened, sources)
         filler = assembler(plan, source.opened, sources, slots)
-        hashes = pool.map(lambda i: _digest(filler, i, slot_bytes(slots[i])), range(len(slots)))
+        hashes = list(pool.map(lambda i: _digest(filler, i, slot_bytes(slots[i])), range(len(slots))))
+        check_unchanged(source.opened)
         return {
             slot.name: (f"{slot.dtype} {list(slot.shape)}", digest) for slot, digest in zip(slots, hashes, strict=True)
         }
@@ -121,6 +132,63 @@ def _digest(filler: Assembler, slot: int, nbytes: int) -> str:
         filler.fill(buffer[: end - begin], slot, 0, begin, end)
         digest.update(buffer[: end - begin])
     return digest.hexdigest()
+
+
+def check(path: Path) -> Verification | None:
+    """Compare a checkpoint with its manifest. None where it has none; raises CheckpointError for a damaged one."""
+    home = _home(path)
+    if home is None:
+        return None
+    found = manifest.check(home, default_threads())
+    differences = []
+    for damage in found.damage:
+        where = f"{damage.problem}, in {damage.path}"
+        if damage.tensors:
+            differences += [
+                Difference(", ".join(holds) or stored, where, (stored,)) for stored, holds in damage.tensors.items()
+            ]
+        else:
+            differences.append(Difference(damage.path.name, where))
+    notes = [f"not in the manifest: {name}" for name in collapse(found.strange)]
+    return Verification(
+        not differences, found.tensors, tuple(differences), tuple(notes), (str(path),), found.files
+    )  # fmt: skip
+
+
+def _home(path: Path) -> Path | None:
+    """The directory whose manifest is that of the checkpoint at `path`: itself, or that of the iteration it means."""
+    if manifest.present(path):
+        return path
+    inside = [child for child in path.iterdir() if manifest.present(child)] if path.is_dir() else []
+    if len(inside) > 1:
+        meant = opened_at(path)[0].path
+        return meant if manifest.present(meant) else None
+    return inside[0] if inside else None
+
+
+def alone(path: Path) -> Verification:
+    """As `check`. Raises CheckpointError where there is no manifest."""
+    detect_format(path)
+    found = check(path)
+    if found:
+        opened_at(path)  # what lies outside, such as a tracker file, is read too
+    if found is None:
+        raise CheckpointError(
+            "there is no manifest to check this against", where=path, expected=manifest.NAME,
+            found="a checkpoint of another writer", hint="name a second checkpoint to compare it with",
+        )  # fmt: skip
+    return found
+
+
+def verify(
+    a: PathLike, b: PathLike, *, config: PathLike | Mapping[str, Any] | None = None, architecture: str | None = None
+) -> Verification:
+    """Compare two checkpoints, of which each must be what its manifest says, if it has one."""
+    for path in (a, b):
+        found = check(local_path(path))
+        if found is not None and not found:
+            return found
+    return compare(*load_pair(a, b, config=config, architecture=architecture))
 
 
 def compare(a: Source, b: Source) -> Verification:

@@ -378,7 +378,8 @@ def test_what_is_refused(llama, run, line, code, kind, problem):
         "convert a b --to megatron --json --quiet",
         "convert a b --to megatron --over",
         "inspect a --tp 2",
-        "verify a",
+        "verify",
+        "verify a b c",
         "view a --to megatron",
     ],
 )

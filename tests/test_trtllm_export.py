@@ -33,7 +33,8 @@ def rank_files(path: Path) -> list[dict[str, Tensor]]:
 
 
 def everything(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".registry-manifest")]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 @pytest.fixture

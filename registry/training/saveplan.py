@@ -127,7 +127,7 @@ def planned(said: Sequence[Announcement], run: Run, shards: Mapping[Key, Shard],
         laid = evolve(
             laid, files=[evolve(file, path=file.path.removeprefix(folder)) for file in laid.files],
             small={n.removeprefix(folder): small for n, small in laid.small.items() if n.startswith(folder)},
-            copies={n.removeprefix(folder): path for n, path in laid.copies.items()},
+            copies={n.removeprefix(folder): path for n, path in laid.copies.items()}, home="",
         )  # fmt: skip
     ship = shipped(prepared.plan, holders, writer)
     own = part(prepared.plan, slots, laid, writer, me)

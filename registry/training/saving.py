@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from registry import catalog
+from registry import catalog, manifest
 from registry.commit import staged, write_small
 from registry.dtypes import dtype_name
 from registry.errors import ArgumentError, TargetError
@@ -221,12 +221,21 @@ def _write(work: Work, run: Run, everyone: Team, how: _How) -> tuple[str, Pruned
 
         stage = Path(str(everyone.together(begin)[0]))
         part = work.part
-        everyone.together(
-            lambda: execute(
+
+        def own() -> manifest.Sums:
+            crcs = execute(
                 part.plan, work.opened, part.laid, part.slots, stage, threads=how.threads, durable=how.durable
             )
-        )  # fmt: skip
-        everyone.together(stack.close)
+            return manifest.data_sums(stage, part.laid, part.slots, part.plan, crcs)
+
+        sums = {name: found for of_rank in everyone.together(own) for name, found in of_rank.items()}
+
+        def end() -> None:
+            if not everyone.rank:
+                manifest.write(stage, work.laid, sums, durable=how.durable)
+            stack.close()
+
+        everyone.together(end)
     return str(goal), pruned[0]
 
 

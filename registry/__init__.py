@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from registry.api import (
         architectures,
         convert,
+        explain,
         formats,
         inspect,
         open,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from registry.training.saving import Saved, save
 
 _HOMES = {
-    "registry.api": ("architectures convert formats inspect open plan register schema stream verify"),
+    "registry.api": ("architectures convert explain formats inspect open plan register schema stream verify"),
     "registry.catalog": "Codec register_codec register_container",
     "registry.checkpoint": "Checkpoint View",
     "registry.errors": (
@@ -86,6 +87,7 @@ __all__ = [
     "View",
     "architectures",
     "convert",
+    "explain",
     "formats",
     "inspect",
     "load",

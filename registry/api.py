@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from registry.checkpoint import Checkpoint
     from registry.conversion import PlanReport, Report
     from registry.execute import Progress
+    from registry.explanation import Explanation
     from registry.inspection import Inspection
     from registry.specs import ArchitectureSpec, FormatSpec
     from registry.verification import Verification
@@ -155,6 +156,37 @@ def inspect(source: PathLike, *, config: Config | None = None, architecture: str
     from registry.source import load
 
     return inspection(load(source, config=config, architecture=architecture))
+
+
+@checked(
+    known_dtype,
+    _some_path,
+    rule("to is None, or names a known format", lambda to: to is None or to in catalog.names("format")),
+)
+def explain(
+    source: PathLike,
+    tensor: str,
+    *,
+    to: str | None = None,
+    parallel: Parallel | None = None,
+    dtype: str | torch.dtype | None = None,
+    config: Config | None = None,
+    architecture: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Explanation:
+    """Which logical tensors a stored one holds, by which rule, and with `to`, where each part lies in that format.
+
+    tensor: a stored name, a logical tensor (`mlp.up.weight`, or of one layer `mlp.up.weight.3`), or with `to` a name
+    in the target, of which it is then said where in the source its parts come from. Reads headers only.
+
+    Raises MappingError for a tensor that is not there; else as `plan`.
+    """
+    from registry.dtypes import dtype_name
+    from registry.explanation import explain as run
+    from registry.source import load
+
+    loaded = load(source, config=config, architecture=architecture)
+    return run(loaded, tensor, to, parallel, None if dtype is None else dtype_name(dtype), options)
 
 
 @checked()

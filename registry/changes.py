@@ -32,7 +32,7 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def check_unchanged(opened: Opened) -> None:
-    """Raises CheckpointError for a file that was changed, replaced or removed. Files that have come since do not matter."""
+    """Raises CheckpointError for a file that was changed, replaced or removed. New files do not matter."""
     changed = [path for path, stamp in opened.stamps.items() if _stamp(path) != stamp]
     if changed:
         names = collapse([path.relative_to(opened.path).as_posix() for path in changed], 8)

@@ -68,7 +68,7 @@ def _inspect(args: argparse.Namespace) -> Outcome:
 
 
 def _verify(args: argparse.Namespace) -> Outcome:
-    """Compare a checkpoint with its manifest; or two, in any formats and layouts. The exit code is 1 where they differ."""
+    """Compare a checkpoint with its manifest, or two, in any formats and layouts. Exit code 1: they differ."""
     result = registry.verify(args.a, args.b, **_reading(args))
     return Outcome(str(result), result.as_dict(), DONE if result else REFUSED)
 

@@ -71,6 +71,7 @@ class Damage:
 
     path: Path
     problem: str
+    missing: bool = False
     tensors: dict[str, tuple[str, ...]] = field(factory=dict)
 
 
@@ -238,7 +239,7 @@ def check(home: Path, threads: int) -> Checked:
 def _damage(path: Path, expected: FileSum) -> Damage | None:
     try:
         if not path.is_file():
-            return Damage(path, "the file is missing")
+            return Damage(path, "the file is missing", missing=True)
         with path.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size != expected.size:
@@ -256,6 +257,6 @@ def _damage(path: Path, expected: FileSum) -> Damage | None:
     if f"{combine(parts):08x}" == expected.crc32 and not bad:
         return None
     if bad:
-        return Damage(path, "the values differ", {tensor.name: tensor.holds for tensor in bad})
+        return Damage(path, "the values differ", tensors={tensor.name: tensor.holds for tensor in bad})
     where = "its header, or what lies between tensors, differs" if expected.tensors else "the content differs"
     return Damage(path, where)

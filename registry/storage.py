@@ -55,12 +55,12 @@ class Opened:
 
     `document` is the format's config document (config.json, Megatron's args); `iteration` the training step where one
     is known; `parallel` the layout that the checkpoint says it was written at; `entries` names of what is not a tensor;
-    `side_files` what travels along (relative name -> path); `hub_config` a HuggingFace config that was carried with the
-    checkpoint; `state` whatever else the format keeps, for a target of the same container: under `training` what
-    belongs to the optimizer, and under `carried` the entries that it was read from. `stamps` are what its files were like
-    when they were opened (see `registry.changes`). `training(rank)` reads what a training run keeps beside its tensors,
-    as plain data: what all ranks share, or with a rank also what is its own.
-    `module_states()` reads what modules keep beside their weights: rank -> module, as names have it -> numbers by name.
+    `side_files` what travels along (relative name -> path); `hub_config` a HuggingFace config that was carried with
+    the checkpoint; `state` whatever else the format keeps, for a target of the same container: under `training` what
+    belongs to the optimizer, and under `carried` the entries that it was read from. `stamps` are its files as they
+    were when it was opened (see `registry.changes`). `training(rank)` reads what a training run keeps beside its
+    tensors, as plain data: what all ranks share, or with a rank also what is its own. `module_states()` reads what
+    modules keep beside their weights: rank -> module, as names have it -> numbers by name.
     """
 
     path: Path

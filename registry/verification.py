@@ -134,14 +134,14 @@ def _digest(filler: Assembler, slot: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-def check(path: Path) -> Verification | None:
+def check(path: Path, *, all_there: bool = True) -> Verification | None:
     """Compare a checkpoint with its manifest. None where it has none; raises CheckpointError for a damaged one."""
     home = _home(path)
     if home is None:
         return None
     found = manifest.check(home, default_threads())
     differences = []
-    for damage in found.damage:
+    for damage in found.damage if all_there else [one for one in found.damage if not one.missing]:
         where = f"{damage.problem}, in {damage.path}"
         if damage.tensors:
             differences += [
@@ -150,6 +150,8 @@ def check(path: Path) -> Verification | None:
         else:
             differences.append(Difference(damage.path.name, where))
     notes = [f"not in the manifest: {name}" for name in collapse(found.strange)]
+    if differences:
+        notes.append(f"where a file was changed on purpose, remove {manifest.NAME} from {home}")
     return Verification(
         not differences, found.tensors, tuple(differences), tuple(notes), (str(path),), found.files
     )  # fmt: skip
@@ -183,9 +185,12 @@ def alone(path: Path) -> Verification:
 def verify(
     a: PathLike, b: PathLike, *, config: PathLike | Mapping[str, Any] | None = None, architecture: str | None = None
 ) -> Verification:
-    """Compare two checkpoints, of which each must be what its manifest says, if it has one."""
+    """Compare two checkpoints, of which each must be what its manifest says, if it has one.
+
+    A file that somebody took away is no damage to what is there: where it is needed, reading without it fails.
+    """
     for path in (a, b):
-        found = check(local_path(path))
+        found = check(local_path(path), all_there=False)
         if found is not None and not found:
             return found
     return compare(*load_pair(a, b, config=config, architecture=architecture))

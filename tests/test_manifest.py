@@ -120,6 +120,7 @@ def test_file_and_tensor_are_named(written: dict[str, Path], tmp_path: Path) -> 
     [difference] = result.differences
     assert difference.tensor == "mlp.gate.weight"  # Megatron stores the halves of linear_fc1 as chunks of their own
     assert str(home / name) in difference.problem and difference.stored == (tensor["name"],)
+    assert "remove .registry-manifest.json from" in str(result)
     against = registry.verify(written["megatron"], tmp_path / "m")
     assert not against and name in str(against)
 
@@ -130,6 +131,7 @@ def test_files_that_are_missing_or_cut_or_new(written: dict[str, Path], tmp_path
     assert registry.verify(tmp_path / "m").notes == ("not in the manifest: added.txt",)
     (tmp_path / "m/generation_config.json").unlink()
     assert "generation_config.json: the file is missing" in rejected(tmp_path / "m")
+    assert registry.verify(tmp_path / "m", written["huggingface"])
     shard = sorted((tmp_path / "m").glob("*.safetensors"))[0]
     size = shard.stat().st_size
     os.truncate(shard, size - 8)

@@ -253,6 +253,7 @@ def test_other_formats_from_the_ranks(whole: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     for outcome in outcomes:
         results(outcome)
+    assert all(registry.verify(tmp_path / name) for name in ("mg", "hf", "trt", "run/iter_0000005"))
     registry.convert(tmp_path / "mg", tmp_path / "expected", to="huggingface")
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "expected").state_dict()
     for folder in (tmp_path / "hf", tmp_path / "run/iter_0000005"):

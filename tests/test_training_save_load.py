@@ -33,8 +33,9 @@ def test_every_layout_to_others(whole: Path, tmp_path: Path) -> None:
         if (n + m) % 2 == 0  # half of the pairs
     ]
     found = run([*saves, *loads], timeout=60)
-    for outcome in found[: len(saves)]:
+    for job, outcome in zip(saves, found, strict=False):
         results(outcome)
+        assert registry.verify(job.given["path"])
     for job, outcome in zip(loads, found[len(saves) :], strict=True):
         for one in results(outcome):
             assert not one["differ"], (job, one)
@@ -152,6 +153,7 @@ def test_per_rank_files(whole: Path, tmp_path: Path) -> None:
     results(saved)
     for outcome in loaded:
         assert all(not one["differ"] and one["iteration"] == 7 for one in results(outcome))
+    assert registry.verify(tmp_path)
     state = torch.load(tmp_path / "iter_0000007/mp_rank_01_001/model_optim_rng.pt", weights_only=False)
     assert state["iteration"] == 7 and len(state["rng_state"]) == 1
     assert state["model"]["decoder.layers.0.self_attention.linear_qkv.weight"].shape == (64, 32)

@@ -7,6 +7,7 @@ Source: transformer_engine/pytorch/module/base.py, get_extra_state; torch/storag
 
 from __future__ import annotations
 
+import math
 import pickletools
 import re
 import tempfile
@@ -26,19 +27,22 @@ from .pickle_nodes import Call, Global, attributes, brief
 from .pickles import loads
 from .plain import plain
 
-ENTRY = re.compile(r"(?P<module>.+)\._extra_state(?:/shard_(?P<layer>\d+)_(?P<layers>\d+))?")
+ENTRY = re.compile(r"(?P<module>.+)\._extra_state(?:/shard_(?P<index>\d+(?:\.\d+)*)_\d+(?:\.\d+)*)?")
+#: Where names of modules lack the index that the entry has: that of a layer, and that of an expert.
+_INDEXED = (re.compile(r"(?<=layers\.)(?!\d)"), re.compile(r"(?<=experts\.experts\.)(?!\d)"))
 #: Scales are a few numbers for each module; histories of ranges a few thousand.
 _MAX = 1 << 26
 
 
 def module_of(entry: str) -> str | None:
-    """The module whose state an entry holds, its layer in its name."""
+    """The module whose state an entry holds, its layer and its expert in its name."""
     match = ENTRY.fullmatch(entry)
     if match is None:
         return None
-    module = match["module"]
-    if match["layer"] and not re.search(r"layers\.\d+\.", module):
-        module = module.replace("layers.", f"layers.{match['layer']}.", 1)
+    module, index = match["module"], (match["index"] or "").split(".")
+    for place in _INDEXED:
+        if index and index[0] and place.search(module):
+            module = place.sub(f"{index.pop(0)}.", module, count=1)
     return module
 
 
@@ -65,7 +69,11 @@ def scales(data: bytes, where: Path) -> dict[str, list[float]]:
             "a module's state is no dictionary", where=where, expected="the state of Transformer-Engine's FP8",
             found=brief(state),
         )  # fmt: skip
-    return {str(name): value for name, value in state.items() if isinstance(value, list)}
+    return {str(name): value for name, value in state.items() if _are_numbers(value)}
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is float for number in value)
 
 
 def _archive(data: bytes, where: Path) -> Any:
@@ -78,24 +86,37 @@ def _archive(data: bytes, where: Path) -> Any:
     return {k: _numbers(v.dtype, v.shape, bytes(v.data)) for k, v in loaded.items() if hasattr(v, "data")}
 
 
-@attrs.frozen
+@attrs.frozen(getstate_setstate=False)
 class _Stretch:
     """The bytes of a storage."""
 
     dtype: str
     data: bytes
 
+    def __setstate__(self, state: object) -> None:
+        raise TypeError("a stretch of bytes has no state")  # a BUILD opcode could make it another
+
 
 def _pickled(data: bytes, where: Path) -> Any:
     if len(data) > _MAX:
         raise CheckpointError("a module's state is too large", where=where, found=f"{len(data)} bytes")
 
+    left = 2 * len(data)
+
+    def take(held: bytes) -> bytes:
+        """The bytes, if no more are asked for in all than a pickle that names each of them once has."""
+        nonlocal left
+        left -= len(held)
+        if left < 0:
+            raise ValueError("copies of more than the pickle holds")
+        return held
+
     def storage(inner: object) -> object:
-        return _storage(inner, where) if isinstance(inner, bytes) else None
+        return _storage(take(inner), where) if isinstance(inner, bytes) else None
 
     def tensor(held: object, offset: object, shape: object, *_: object) -> object:
         if isinstance(held, _Stretch) and offset == 0 and isinstance(shape, tuple):
-            return _numbers(held.dtype, shape, held.data)
+            return _numbers(held.dtype, shape, take(held.data))
         return None
 
     build: dict[tuple[str, str], Callable[..., object]] = {
@@ -107,8 +128,8 @@ def _pickled(data: bytes, where: Path) -> Any:
 
 def _numbers(dtype: str, shape: tuple[Any, ...], data: bytes) -> list[float] | None:
     """A small tensor of float32."""
-    count = int(np.prod([n for n in shape if type(n) is int], dtype=np.int64))
-    if dtype != "float32" or len(data) < 4 * count:
+    count = math.prod(n for n in shape[:8] if type(n) is int)
+    if dtype != "float32" or not 0 <= 4 * count <= len(data):
         return None
     return [float(x) for x in np.frombuffer(data, "<f4", count)]
 

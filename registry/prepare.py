@@ -26,7 +26,8 @@ from registry.model import (
 )
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
-from registry.quantization.plan import Quantized, chosen, quantize
+from registry.quantization.choice import chosen
+from registry.quantization.plan import Quantized, quantize
 from registry.rows import flat_rules, is_chained, rows_of, unrepeated
 from registry.source import Source
 from registry.specs import ArchitectureSpec, FormatSpec

@@ -220,38 +220,6 @@ def test_golden_comes_back(case: TrtllmCase, tmp_path: Path) -> None:
         assert torch.equal(ours[name], expected), name
 
 
-#: What the model classes ask for on each rank, by the input: _schemas/ lists every parameter of theirs.
-ASKED = [
-    "bert_tp2", "bloom_tp2", "falcon_40b_tp2", "falcon_7b_tp2", "falcon_rw_tp2", "gemma2_tp2", "gemma_tp2",
-    "gpt2_tp2_pp1", "gptj_tp2", "gptneox_tp2", "llama_gqa_tp2_pp1", "llama_gqa_tp2_pp2", "mamba_tp1", "mistral_tp2",
-    "mixtral_tp2", "mpt_tp2", "nemotron_tp2", "opt_tp2", "phi3_tp1", "phi_tp2", "qwen2_moe_tp2", "qwen2_tp2_pp1",
-    "starcoder2_tp2", "starcoder_tp2",
-]  # fmt: skip
-
-
-def test_every_schema_is_asked() -> None:
-    there = {path.name for path in (SHARED / "trtllm/_schemas").glob("*__none.json")}
-    assert there <= {f"trt_{case}__none.json" for case in ASKED}
-
-
-@pytest.mark.parametrize("case", ASKED)
-def test_tensors_are_those_that_the_model_class_asks_for(case: str, tmp_path: Path) -> None:
-    schema = json.loads(golden(f"trtllm/_schemas/trt_{case}__none.json").read_text())
-    source = golden(f"trtllm/_inputs/{case[: case.index('_tp')]}")
-    config = schema["config"]
-    mapping = config["mapping"]
-    registry.convert(
-        source, tmp_path / "out", to="trtllm", dtype=config["dtype"],
-        parallel=registry.Parallel(tp=mapping["tp_size"], pp=mapping["pp_size"]),
-        options={"use_parallel_embedding": config.get("use_parallel_embedding", False)},
-    )  # fmt: skip
-    assert len(list((tmp_path / "out").glob("rank*.safetensors"))) == mapping["world_size"]
-    for rank, asked in schema["params"].items():
-        ours = load_file(tmp_path / f"out/{rank}.safetensors")
-        required = {name: (shape, dtype) for name, (shape, dtype, need) in asked.items() if need == "required"}
-        assert {name: ([*t.shape], str(t.dtype).removeprefix("torch.")) for name, t in ours.items()} == required
-
-
 #: Layouts beside those of the goldens, each with what it takes: two ranks or stages, and every way to shard embeddings.
 LAYOUTS: list[tuple[dict[str, Any], dict[str, object]]] = [
     ({"tp": 2, "pp": 2}, {}),

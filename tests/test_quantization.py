@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,62 @@ def test_mixed_precision(tmp_path: Path) -> None:
     )
 
 
+def test_mixed_precision_in_stages(tmp_path: Path) -> None:
+    """The list has the layers as each stage counts them, and every stage reads the same list."""
+    chosen = mixed(tmp_path, {"*.attention.qkv": {"quant_algo": "FP8"}})
+    convert(tmp_path / "one", **chosen)
+    registry.convert(golden(MODEL), tmp_path / "two", to="trtllm", parallel=registry.Parallel(pp=2), options=chosen)
+    said = json.loads((tmp_path / "two/quant_cfg.json").read_text())["quantized_layers"]
+    assert said == {"transformer.layers.0.attention.qkv": {"quant_algo": "FP8"}}
+    (whole,) = ranks(tmp_path / "one")
+    for stage, stored in enumerate(ranks(tmp_path / "two")):
+        for name, tensor in stored.items():
+            assert same(tensor, whole[name.replace("layers.0.", f"layers.{stage}.")]), name
+    for name in ("one", "two"):
+        registry.convert(tmp_path / name, tmp_path / f"{name} back", to="huggingface")
+    one, two = (load_file(tmp_path / f"{name} back/model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(same(one[name], two[name]) for name in one)
+
+
+def test_rows_between_bounds(tmp_path: Path) -> None:
+    """TensorRT-LLM's own converter: weights are clamped, and scales have a smallest value.
+
+    Source: shared reference trtllm.md 2.3.
+    """
+    weights = load_file(golden(MODEL) / "model.safetensors")
+    low, high, floor = -0.05, 0.04, 1 / (448 * 512)
+    weights["model.layers.0.self_attn.o_proj.weight"][3] = 1e-6
+    weights["model.layers.0.self_attn.o_proj.weight"][4] = 0
+    model(tmp_path / "model", weights)
+    chosen = {"quantization": "FP8_PER_CHANNEL_PER_TOKEN", "clamp_val": [low, high]}
+    convert(tmp_path / "out", source=tmp_path / "model", **chosen)
+    (stored,) = ranks(tmp_path / "out")
+    x = weights["model.layers.0.self_attn.o_proj.weight"].float().clamp(low, high)
+    scale = (x.abs().amax(1, keepdim=True) / 448).clamp(min=floor)
+    assert (scale == torch.tensor(floor)).sum() == 2
+    assert same(stored["transformer.layers.0.attention.dense.per_channel_scale"], scale[:, 0])
+    expected = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert same(stored["transformer.layers.0.attention.dense.weight"], expected)
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization"]["clamp_val"] == [low, high]
+    with pytest.raises(registry.MappingError, match="two numbers around zero"):
+        convert(tmp_path / "no", **{**chosen, "clamp_val": [1.0, 2.0]})
+
+
+def test_the_recipe_of_llama_leaves_attention_and_the_outer_layers(tmp_path: Path) -> None:
+    source = golden("trtllm/_inputs/qwen2")  # of four layers
+    chosen = {"quantization": "FP8_PER_CHANNEL_PER_TOKEN"}
+    for name, more in (("all", {}), ("some", {"use_meta_recipe": True}), ("plain", {"quantization": None})):
+        convert(tmp_path / name, source=source, dtype="bfloat16", **{**chosen, **more})
+    (all_of_it,), (some,), (plain,) = (ranks(tmp_path / name) for name in ("all", "some", "plain"))
+    quantised = {n for n in all_of_it if re.search(r"layers\.[12]\.mlp\.(fc|gate|proj)\.(weight|per_channel_scale)", n)}
+    assert len(quantised) == 12
+    assert some.keys() == plain.keys() | quantised
+    assert all(same(some[n], (all_of_it if n in quantised else plain)[n]) for n in some)
+    said = json.loads((tmp_path / "some/config.json").read_text())["quantization"]
+    assert (said["use_meta_recipe"], said["quant_algo"]) == (True, "FP8_PER_CHANNEL_PER_TOKEN")
+
+
 @pytest.mark.parametrize("scheme", ["W8A16", "W4A16"])
 def test_weight_only_is_said_and_not_done(scheme: str, tmp_path: Path) -> None:
     convert(tmp_path / "plain", 2)
@@ -324,40 +381,6 @@ def test_weight_only_is_said_and_not_done(scheme: str, tmp_path: Path) -> None:
         assert all(same(ours[name], plain[name]) for name in ours)
     assert json.loads((tmp_path / "said/config.json").read_text())["quantization"]["quant_algo"] == scheme
     assert report.losses == {}
-
-
-def model_type(shape: list[int], dtype: str) -> tuple[list[int], str]:
-    return shape, {"fp8": "float8_e4m3fn"}.get(dtype, dtype)
-
-
-#: (input, scheme) whose parameters in _schemas/ are those of the file; others are made anew when a file is loaded.
-ASKED_FOR = [(name, scheme, kv) for name in ("llama_gqa_tp2_pp1", "gpt2_tp2_pp1", "mixtral_tp2") for scheme, kv in
-             (("FP8", None), ("FP8", "FP8"), ("FP8_PER_CHANNEL_PER_TOKEN", None), ("W8A8_SQ_PER_CHANNEL", None),
-              ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", None), ("W8A8_SQ_PER_TENSOR_PLUGIN", None))
-             if (name, scheme) != ("mixtral_tp2", "FP8_PER_CHANNEL_PER_TOKEN")
-             and (name.startswith("llama") or "PLUGIN" not in scheme)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "scheme", "kv"), ASKED_FOR)
-def test_tensors_are_those_that_the_model_class_asks_for(
-    name: str, scheme: str, kv: str | None, tmp_path: Path
-) -> None:
-    schema = json.loads(golden(f"trtllm/_schemas/trt_{name}__{scheme}{f'_kv{kv}' if kv else ''}.json").read_text())
-    said = schema["config"]
-    source = tmp_path / "model"
-    larger(golden(f"trtllm/_inputs/{name[: name.index('_tp')]}"), source, said)
-    registry.convert(source, tmp_path / "plain", to="trtllm", dtype="float16")
-    save_file(every_range(source), tmp_path / "ranges.safetensors")
-    chosen = {"quantization": scheme, "kv_cache_quantization": kv, "calibration": str(tmp_path / "ranges.safetensors")}
-    convert(tmp_path / "out", 2, source, "float16", **chosen)
-    for rank, params in schema["params"].items():
-        ours = load_file(tmp_path / f"out/{rank}.safetensors")
-        required = {n: model_type(shape, dtype) for n, (shape, dtype, need) in params.items() if need == "required"}
-        found = {n: ([*t.shape], str(t.dtype).removeprefix("torch.")) for n, t in ours.items()}
-        extra = {n for n in found if n.endswith(".scale_to_int")}  # written in float32, also by TensorRT-LLM
-        assert {n: f for n, f in found.items() if n not in extra} == {
-            n: r for n, r in required.items() if n not in extra
-        }
 
 
 def larger(source: Path, target: Path, said: dict[str, Any]) -> None:
@@ -473,7 +496,7 @@ def test_groups_that_do_not_divide_are_refused_with_what_would_work(tmp_path: Pa
 
 LACKING = {
     "FP8_PER_CHANNEL_PER_TOKEN": "trtllm/_inputs/mixtral_h128", "W4A8_AWQ": "trtllm/_inputs/mixtral_h128",
-    "W8A8_SQ_PER_TENSOR_PLUGIN": "trtllm/_inputs/gpt2_h128", "FP8": "trtllm/_inputs/mamba",
+    "W8A8_SQ_PER_TENSOR_PLUGIN": "trtllm/_inputs/gptj", "FP8": "trtllm/_inputs/mamba",
     "NVFP4": "trtllm/_inputs/deepseek_v2_lite", "W4A16": "trtllm/_inputs/mamba",
 }  # fmt: skip
 
@@ -494,7 +517,8 @@ def test_a_list_of_layers_that_is_wrong(tmp_path: Path) -> None:
     refused(registry.ArgumentError, "unknown quantization 'FP9'", {"*.mlp.fc": {"quant_algo": "FP9"}})
     refused(registry.CheckpointError, "cannot be read", {"*.mlp.fc": "FP8"})
     refused(registry.MappingError, "not in the model", {"*.mlp.nothing": {"quant_algo": "FP8"}})
-    refused(registry.ArgumentError, "one pipeline stage", {"*.mlp.fc": {"quant_algo": "FP8"}}, pp=2)
+    first = {"transformer.layers.0.mlp.fc": {"quant_algo": "FP8"}}
+    refused(registry.ArgumentError, "stages of the pipeline have layers that are quantised otherwise", first, pp=2)
     with pytest.raises(registry.ArgumentError, match="needs the option quantized_layers"):
         convert(tmp_path / "out", quantization="MIXED_PRECISION")
 

@@ -80,27 +80,153 @@ def test_ranges_of_training_in_a_legacy_checkpoint(
     compare(case, tmp_path / "out", tp)
 
 
+def with_objects(checkpoint: Path, target: Path, own: dict[str, Any]) -> None:
+    """A distributed checkpoint with further objects in it, written by torch."""
+    saved = next(checkpoint.glob("*/.metadata")).parent
+    reader = dcp.FileSystemReader(saved)
+    held = reader.read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in held.items() if hasattr(m, "size")}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save({**tensors, **own}, checkpoint_id=target, no_dist=True, planner=planner)
+    for file in saved.iterdir():
+        if file.is_file() and not (target / file.name).exists() and file.suffix != ".distcp":
+            shutil.copy(file, target / file.name)
+
+
 @pytest.mark.parametrize("generation", [1, 2])
 def test_ranges_of_training_in_a_distributed_checkpoint(generation: int, tmp_path: Path) -> None:
     case = "meg_llama_fp8_tp1"
     source, layers, tp = TRAINED[case]
     registry.convert(golden(source), tmp_path / "in", to="megatron", dtype="bfloat16")
-    saved = next((tmp_path / "in").glob("*/.metadata")).parent
-    reader = dcp.FileSystemReader(saved)
-    held = reader.read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in held.items() if hasattr(m, "size")}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    own = {}
     for module, kept in numbers(case).items():
         layer = int(module.split(".")[2])
         name = f"{module.replace(f'layers.{layer}.', 'layers.')}._extra_state/shard_{layer}_{layers}"
-        tensors[name] = [extra_state(kept, generation)]  # as megatron-core wraps what is no tensor
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save(tensors, checkpoint_id=tmp_path / "new", no_dist=True, planner=planner)
-    for file in saved.iterdir():
-        if file.is_file() and not (tmp_path / "new" / file.name).exists() and file.suffix != ".distcp":
-            shutil.copy(file, tmp_path / "new" / file.name)
+        own[name] = [extra_state(kept, generation)]  # as megatron-core wraps what is no tensor
+    with_objects(tmp_path / "in", tmp_path / "new", own)
     registry.convert(tmp_path / "new", tmp_path / "out", to="trtllm", options=FP8, config=golden(source))
     compare(case, tmp_path / "out", tp)
+
+
+MIXTRAL, EXPERTS = "trtllm/_inputs/mixtral", 4
+
+
+def expert_numbers(layer: int, expert: int, part: int) -> tuple[float, float]:
+    """Made-up multipliers of one expert's input and weights, such as Transformer-Engine has (powers of two or not)."""
+    return 3.0 + layer + 0.25 * expert + part, 100.0 + 16 * layer + expert + 7 * part
+
+
+def experts_state(each: list[tuple[float, float]], generation: int) -> torch.Tensor | io.BytesIO:
+    """One state of several experts: scale_fwd is (input, weights, output) x expert, laid out in a row.
+
+    Source: megatron/core/extensions/transformer_engine.py, TEGroupedLinear._split_extra_state.
+    """
+    table = torch.tensor([[a, w, 1.0] for a, w in each]).t().contiguous()
+    return extra_state({"scale_fwd": table.reshape(-1).tolist(), "scale_inv_fwd": (1 / table).reshape(-1).tolist()},
+                       generation)  # fmt: skip
+
+
+def dense_states(layers: range, first: int, generation: int) -> dict[str, Any]:
+    """States of the attention layers of one stage."""
+    one = extra_state({"scale_fwd": [2.0, 50.0, 1.0], "scale_inv_fwd": [0.5, 0.02, 1.0]}, generation)
+    return {f"decoder.layers.{i - first}.self_attention.{name}._extra_state": one
+            for i in layers for name in ("linear_qkv", "linear_proj")}  # fmt: skip
+
+
+def check_experts(path: Path) -> None:
+    """Every expert's weights have its own scale, and the largest input's is theirs together. float32, as TE divides."""
+    plain = registry.open(golden(MIXTRAL)).view("huggingface")
+    (stored,) = ranks(path)
+    for layer in range(2):
+        for part, (name, sources) in enumerate((("fc", ("w3", "w1")), ("proj", ("w2",)))):
+            module = f"transformer.layers.{layer}.mlp.{name}"
+            numbers = [expert_numbers(layer, e, part) for e in range(EXPERTS)]
+            scales = torch.tensor([[w] for _, w in numbers])
+            assert same(stored[f"{module}.weights_scaling_factor"], 1 / scales)
+            assert same(stored[f"{module}.activation_scaling_factor"], (1 / torch.tensor([min(a for a, _ in numbers)])))
+            for e in range(EXPERTS):
+                experts = f"model.layers.{layer}.block_sparse_moe.experts.{e}"
+                whole = torch.cat([plain[f"{experts}.{w}.weight"].bfloat16().float() for w in sources])
+                expected = (whole * scales[e]).clamp(-448, 448).to(torch.float8_e4m3fn)
+                assert same(stored[f"{module}.weight"][e], expected), (module, e)
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"pp": 2, "ep": 2}, {"tp": 2, "ep": 2, "etp": 1}], ids=str)
+@pytest.mark.parametrize("modules", ["grouped", "sequential"])
+def test_ranges_of_experts_in_a_legacy_checkpoint(
+    modules: str, layout: dict[str, int], generation: int, tmp_path: Path
+) -> None:
+    parallel = registry.Parallel(**layout)
+    registry.convert(
+        golden(MIXTRAL), tmp_path / "legacy", to="megatron-legacy", dtype="bfloat16", parallel=parallel,
+        options={"transformer_impl": "transformer_engine", "expert_modules": modules},
+    )  # fmt: skip
+    each, count = 2 // parallel.pp, EXPERTS // parallel.ep
+    for file in (tmp_path / "legacy").rglob("model_optim_rng.pt"):
+        _, _, _, *rest = file.parent.name.split("_")
+        stage = int(rest[0]) if parallel.pp > 1 else 0
+        first_expert = int(rest[-1]) * count if parallel.ep > 1 else 0
+        state = torch.load(file, weights_only=False)
+        layers, own = range(stage * each, (stage + 1) * each), {}
+        for layer in layers:
+            for part, linear in enumerate(("linear_fc1", "linear_fc2")):
+                head = f"decoder.layers.{layer - stage * each}.mlp.experts"
+                numbers = [expert_numbers(layer, first_expert + e, part) for e in range(count)]
+                if modules == "grouped":
+                    own[f"{head}.{linear}._extra_state"] = experts_state(numbers, generation)
+                else:
+                    for e, one in enumerate(numbers):
+                        own[f"{head}.local_experts.{e}.{linear}._extra_state"] = experts_state([one], generation)
+        state["model"] |= dense_states(layers, stage * each, generation) | own
+        torch.save(state, file)
+    registry.convert(tmp_path / "legacy", tmp_path / "out", to="trtllm", options=FP8)
+    check_experts(tmp_path / "out")
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+@pytest.mark.parametrize("spelling", ["stacked", "per layer", "one by one"])
+def test_ranges_of_experts_in_a_distributed_checkpoint(spelling: str, generation: int, tmp_path: Path) -> None:
+    """Grouped and sequential experts are saved under the same names.
+
+    Source: shared reference megatron.md B3.1; TEGroupedLinear._sharded_state_dict_grouped.
+    """
+    layers = "stacked" if spelling == "stacked" else "per_layer"
+    registry.convert(golden(MIXTRAL), tmp_path / "in", to="megatron", dtype="bfloat16", options={"layers": layers})
+    own: dict[str, Any] = {}
+    for layer in range(2):
+        for linear in ("linear_qkv", "linear_proj"):
+            (state,) = {id(s): s for s in dense_states(range(layer, layer + 1), 0, generation).values()}.values()
+            name, at = ("decoder.layers", f"{layer}_2") if layers == "stacked" else (f"decoder.layers.{layer}", "0_1")
+            own[f"{name}.self_attention.{linear}._extra_state/shard_{at}"] = [state]
+        for part, linear in enumerate(("linear_fc1", "linear_fc2")):
+            for e in range(EXPERTS):
+                module, at = {
+                    "stacked": (f"decoder.layers.mlp.experts.experts.{linear}", f"{layer}.{e}_2.{EXPERTS}"),
+                    "per layer": (f"decoder.layers.{layer}.mlp.experts.experts.{linear}", f"{e}_{EXPERTS}"),
+                    "one by one": (f"decoder.layers.{layer}.mlp.experts.experts.{e}.{linear}", "0_1"),
+                }[spelling]
+                name = f"{module}._extra_state/shard_{at}"
+                own[name] = [experts_state([expert_numbers(layer, e, part)], generation)]
+    with_objects(tmp_path / "in", tmp_path / "new", own)
+    registry.convert(tmp_path / "new", tmp_path / "out", to="trtllm", options=FP8, config=golden(MIXTRAL))
+    check_experts(tmp_path / "out")
+
+
+def test_experts_of_which_one_has_no_state(tmp_path: Path) -> None:
+    """Its range is missing, as a calibration's would be: the error names its module."""
+    registry.convert(
+        golden(MIXTRAL), tmp_path / "legacy", to="megatron-legacy", dtype="bfloat16",
+        options={"transformer_impl": "transformer_engine", "expert_modules": "sequential"},
+    )  # fmt: skip
+    (file,) = (tmp_path / "legacy").rglob("model_optim_rng.pt")
+    state = torch.load(file, weights_only=False)
+    state["model"] |= dense_states(range(2), 0, 2)
+    torch.save(state, file)
+    with pytest.raises(registry.CheckpointError, match=r"experts\.0\.w3\.input_quantizer\._amax.*not there"):
+        registry.convert(tmp_path / "legacy", tmp_path / "out", to="trtllm", options=FP8)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_state_of_training_that_is_hostile(tmp_path: Path) -> None:

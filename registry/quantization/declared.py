@@ -50,7 +50,6 @@ def _stored_type(name: str) -> str:
 
 
 FormulaText = Annotated[str, BeforeValidator(_formula)]
-#: `when` is a condition over the format's options; see `registry.tensor_rules.Expression`.
 
 
 class Range(Model):
@@ -91,7 +90,7 @@ class StoredTensor(Model):
         default=None, description="two values in a byte, the first in its low half"
     )
     value: FormulaText = Field(description="what it holds")
-    when: str | None = Field(default=None, description="stored only where this option is chosen")
+    when: Expression | None = Field(default=None, description="stored only where this is true, over options and facts")
     modules: list[str] = Field(default=[], description="globs over modules that store it, where not all do")
 
 
@@ -118,7 +117,7 @@ class Scheme(Model):
         default=[], description="globs over modules of one layer whose ranges are taken over all of them"
     )
     parameters: dict[str, Expression] = Field(
-        default={}, description="numbers that formulas use, as expressions over the options"
+        default={}, description="numbers and choices that formulas use, as expressions over options and facts"
     )
     groups: list[int] = Field(default=[], description="the sizes that a group of columns may have, the usual one first")
     let: dict[str, FormulaText] = Field(default={}, description="name -> formula of something that is not stored")
@@ -131,6 +130,9 @@ class Scheme(Model):
     beside: dict[str, list[Beside]] = Field(default={}, description="further tensors, by their names in formulas")
     only: list[Only] = Field(default=[], description="the models that can be quantised so")
     needs: list[list[str]] = Field(default=[], description="ranges of which all of one list must be there")
+    leaves: Expression | None = Field(
+        default=None, description="a list of globs over modules that it leaves as they are, over options and facts"
+    )
     experts: Literal["quantized", "plain", "refused"] = Field(
         default="quantized", description="what becomes of weights of experts"
     )

@@ -7,7 +7,6 @@ encodings do in `registry.decoding`. What was lost when it was quantised stays l
 from __future__ import annotations
 
 import ast
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from attrs import field, frozen
 from registry import expressions
 from registry.assemble import array
 from registry.computed import Computed, Ints
+from registry.documents import read_json
 from registry.dtypes import ITEMSIZE, is_float, torch_dtype
 from registry.encoding import rounded
 from registry.errors import CheckpointError
@@ -90,9 +90,7 @@ def _schemes(opened: Opened, quantizations: Quantizations, name: Any) -> Iterato
 def read_layers(path: Path, field: str) -> dict[str, Any]:
     """The modules of a file that says how each is quantised. Raises CheckpointError."""
     try:
-        if path.stat().st_size > _MAX_LIST:
-            raise ValueError("a file of that size")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path, _MAX_LIST)
         layers = data.get(field, data)
         if not all(isinstance(entry, dict) for entry in layers.values()):
             raise ValueError(f"{field} is no object of objects")

@@ -5,7 +5,7 @@
 A formula is evaluated for some rows and columns of the matrix. Everything in it is a block of float32 values that
 stretches over them: a scale of the whole matrix, of each row, of each group of columns, or of each value. The grammar
 is a part of Python's expressions, walked by hand: numbers, quoted names of types, names, + - * /, `a if c else b`,
-`not`, comparisons of plain numbers, and the functions below. Nothing is compiled or executed.
+`and`, `or`, `not`, and the functions below. Nothing is compiled or executed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Block(Protocol):
         """The value of a name over the block: a tensor, a number, a type, or whether it is known."""
 
     def given(self, name: str) -> bool:
-        """Are there ranges of this name?"""
+        """Are there ranges, or a further tensor, of this name?"""
 
     def reduce(self, function: str, inner: ast.expr) -> torch.Tensor:
         """One of the REDUCTIONS of a formula, over the block."""
@@ -63,13 +63,33 @@ def _cast(value: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def _fp4(value: torch.Tensor) -> torch.Tensor:
-    """The nearest values that FP4 (E2M1) has; of two that are as near, the one whose last bit is 0."""
+    """The nearest values that FP4 (E2M1) has; of two that are as near, the one whose last bit is 0.
+
+    Without conditions, which cost several times what arithmetic does. Neighbours of 2**22 times a power of two are half
+    of that power away, as those of values with one bit of mantissa are; below 1 they are a half away, as at 1. So
+    adding that number rounds, and half as much again keeps the sum there for negative values too.
+    """
     import torch
 
-    size = value.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    found = (size / step).round_().mul_(step).clamp_(max=6.0)
-    return torch.where(value < 0, -found, found)
+    found = value.clamp(-6.0, 6.0)
+    power = found.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    power.clamp_(min=1.0).mul_(6291456.0)
+    found.add_(power).sub_(power)
+    sign = (value + 0.0).view(torch.int32).bitwise_and_(-0x80000000)  # small negative values become -0, and -0 does not
+    found.view(torch.int32).bitwise_or_(sign)
+    return found
+
+
+def fp4_pairs(value: torch.Tensor) -> torch.Tensor:
+    """Values that FP4 has, two in a byte: each the sign, two bits of exponent and one of mantissa.
+
+    These are the bits of the same numbers in float16, 2**14 times as small, so that 1 has the smallest exponent there.
+    """
+    import torch
+
+    halves = value.mul(2.0**-14).to(torch.float16).view(torch.int32)  # of two numbers the first is the low one
+    codes = (halves >> 12).bitwise_and_(0x80008).bitwise_or_((halves >> 9).bitwise_and_(0x70007))
+    return codes.bitwise_or_(codes >> 12).to(torch.uint8)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -137,6 +157,8 @@ def _check(node: ast.expr, text: str) -> Iterator[str]:
             inner = [operand]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             inner = [left, right]
+        case ast.BoolOp(values=values):
+            inner = values
         case ast.IfExp(test=test, body=body, orelse=orelse):
             inner = [test, body, orelse]
         case ast.Call(func=ast.Name(id="given"), args=[ast.Name()], keywords=[]):
@@ -148,7 +170,8 @@ def _check(node: ast.expr, text: str) -> Iterator[str]:
         case _:
             raise SpecError(
                 f"{ast.unparse(node)!r} is not allowed in a formula", where=text,
-                expected="numbers, names, + - * /, a if c else b, given(), " + ", ".join([*FUNCTIONS, *REDUCTIONS]),
+                expected="numbers, names, + - * /, a if c else b, and, or, not, given(), "
+                + ", ".join([*FUNCTIONS, *REDUCTIONS]),
             )  # fmt: skip
     for part in inner:
         yield from _check(part, text)
@@ -166,6 +189,9 @@ def evaluate(node: ast.expr, block: Block) -> Any:
             return not value if isinstance(op, ast.Not) else -value
         case ast.BinOp(left=left, op=op, right=right):
             return _BINARY[type(op)](evaluate(left, block), evaluate(right, block))
+        case ast.BoolOp(op=op, values=values):
+            decided = any if isinstance(op, ast.Or) else all
+            return decided(evaluate(value, block) for value in values)
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return evaluate(body if evaluate(test, block) else orelse, block)
         case ast.Call(func=ast.Name(id="given"), args=[ast.Name(id=name)]):

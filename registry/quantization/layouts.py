@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from attrs import evolve, field, frozen
 
+from registry import expressions
 from registry.errors import MappingError, ParallelError
 from registry.groups import holds
 from registry.layout import Axis, Layout, Node, Part, Product, Sum, parse
@@ -165,14 +166,12 @@ class _Maker:
     present: dict[int, set[str]] = field(factory=dict)
     gone: dict[int, set[str]] = field(factory=dict)
 
-    def add(self, number: int, module: Module, scheme_name: str, options: Mapping[str, Any]) -> None:
+    def add(self, number: int, module: Module, scheme_name: str, env: Mapping[str, Any]) -> None:
         """The rules of what one scheme stores of the weights of one rule."""
         scheme = self.quantizations.schemes[scheme_name]
         base = module.pattern.removesuffix(f".{self.quantizations.weight}")
         for key, stored in scheme.tensors.items():
-            if (stored.when is not None and not options.get(stored.when)) or not self.quantizations.stores(
-                stored, base
-            ):
+            if (stored.when and not expressions.parse(stored.when)(env)) or not self.quantizations.stores(stored, base):
                 continue
             label = f"{re.sub(r'[^0-9a-zA-Z_]', '_', scheme_name)}.{key}"
             shape = _Shape(module.rule, stored, self.groups[scheme_name], number, label)
@@ -217,7 +216,6 @@ class _Maker:
 def derive(
     quantizations: Quantizations, rules: Sequence[tuple[str, Rule]], model: LogicalModel, chosen: Chosen,
     groups: Mapping[str, int], dtype: str, env: Mapping[str, Any], choices: Mapping[str, str],
-    options: Mapping[str, Any],
 ) -> Derived:  # fmt: skip
     """What is stored of the weights that are quantised, and what is left. `groups` are the schemes' group sizes.
 
@@ -240,7 +238,7 @@ def derive(
             if schemes:
                 modules.append(Module(pattern, rule, schemes, tuple(kinds)))
                 for name in schemes:
-                    maker.add(number, modules[-1], name, options)
+                    maker.add(number, modules[-1], name, env)
     tensors = {**model.tensors, **maker.tensors}
     whole, varying = maker.kind(model.whole), {a: tuple(map(maker.kind, kinds)) for a, kinds in model.varying.items()}
     left = {a: tuple(map(maker.rest, kinds)) for a, kinds in model.varying.items()}

@@ -21,23 +21,24 @@ from attrs import evolve, field, frozen
 from registry import expressions
 from registry.assemble import Table, table
 from registry.bind import Bound
-from registry.errors import ArgumentError, MappingError
+from registry.errors import MappingError
 from registry.files import SourceFiles
 from registry.losses import Loss
 from registry.model import LogicalModel, rules_spec
 from registry.parallel import Parallel
 from registry.planning import Plan, make_plan
+from registry.quantization.choice import Choice, group_sizes, said
 from registry.quantization.declared import Quantizations, Scheme
-from registry.quantization.decoding import read_layers
 from registry.quantization.formulas import parse
 from registry.quantization.layouts import Derived, beside, check_groups, derive, stored_name
+from registry.quantization.matrices import Matrix, Stage
 from registry.quantization.ranges import Calibration, Finder, Modules, parts_of, with_weights
-from registry.quantization.units import Matrix, Stage, Stored, Unit
+from registry.quantization.units import Stored, Unit
 from registry.source import Source
 from registry.specs import FormatSpec
 from registry.storage import Piece, Slot, slot_bytes
 from registry.target import Target, bind_target
-from registry.tensor_rules import AXIS, Rule
+from registry.tensor_rules import Rule
 
 #: Binds a target: (rules, model, layout) -> what it will hold.
 Bind = Callable[[Sequence[tuple[str, Rule]], LogicalModel, Parallel], Target]
@@ -61,7 +62,8 @@ class Quantized:
 
     def check(self, threads: int) -> None:
         """Read every weight that is to be quantised once. Raises MappingError for what cannot be."""
-        with SourceFiles(self.source.opened.files) as files, ThreadPoolExecutor(threads) as pool:
+        opened = self.source.opened
+        with SourceFiles(opened.files, opened.stamps) as files, ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(lambda unit: unit.check(files), self.units):
                 pass
 
@@ -74,79 +76,18 @@ class Quantized:
         }
 
 
-@frozen
-class Choice:
-    """What the options ask for: the schemes by name, and those of single modules where they differ."""
-
-    quantizations: Quantizations
-    schemes: tuple[str, ...]
-    layers: Mapping[str, Mapping[str, Any]]
-    mixed: bool
-    exclude: tuple[str, ...]
-
-    def of(self, pattern: str, index: int) -> tuple[str, ...]:
-        """The schemes of the module that a pattern means at an index of its pipeline axis."""
-        return self.named(AXIS.sub(str(index), pattern.removesuffix(f".{self.quantizations.weight}")))
-
-    def named(self, module: str) -> tuple[str, ...]:
-        """The schemes of a module."""
-        further = self.schemes[1:] if self.mixed else self.schemes
-        own = next((dict(e) for glob, e in self.layers.items() if module == glob or fnmatchcase(module, glob)), None)
-        if self.mixed and own is not None and self.quantizations.mixed is not None:
-            further = (str(own.get(self.quantizations.mixed.algorithm)), *further)
-        left = any(fnmatchcase(module, glob) for glob in self.exclude)
-        schemes = self.quantizations.schemes
-        return tuple(n for n in further if not left or self.quantizations.weight not in schemes[n].tensors)
-
-    def all(self) -> tuple[str, ...]:
-        """Every scheme that any module may have."""
-        if not self.mixed or self.quantizations.mixed is None:
-            return self.schemes
-        own = (str(entry.get(self.quantizations.mixed.algorithm)) for entry in self.layers.values())
-        return tuple(dict.fromkeys((*own, *self.schemes[1:])))
-
-
-def chosen(quantizations: Quantizations | None, options: Mapping[str, Any]) -> Choice | None:
-    """What the options ask for, if anything. Raises ArgumentError."""
-    if quantizations is None:
-        return None
-    names = [options.get(quantizations.option)]
-    if quantizations.further is not None and (besides := options.get(quantizations.further.option)):
-        names.append(f"{quantizations.further.prefix}{besides}")
-    if not any(names):
-        return None
-    mixed, layers = quantizations.mixed, {}
-    is_mixed = mixed is not None and names[0] == mixed.scheme
-    if mixed is not None and is_mixed:
-        if not options.get(mixed.option):
-            raise ArgumentError(
-                f"{mixed.scheme} needs the option {mixed.option}", expected="a JSON file that says what each has",
-                found="none",
-            )  # fmt: skip
-        layers = read_layers(Path(str(options[mixed.option])), mixed.layers)
-    exclude = options.get(quantizations.exclude or "") or ()
-    exclude = exclude.split(",") if isinstance(exclude, str) else exclude
-    wanted = tuple(str(name) for name in names if name)
-    choice = Choice(quantizations, wanted, layers, is_mixed, tuple(map(str, exclude)))
-    if unknown := [name for name in choice.all() if name not in quantizations.schemes]:
-        raise ArgumentError(
-            f"unknown quantization {unknown[0]!r}", expected="one of " + ", ".join(quantizations.schemes),
-            found=unknown[0],
-        )  # fmt: skip
-    return choice
-
-
 def quantize(
     source: Source, spec: FormatSpec, choice: Choice, rules: Sequence[tuple[str, Rule]], parallel: Parallel,
     options: Mapping[str, Any], choices: Mapping[str, str], dtype: str | None,
 ) -> Quantized:  # fmt: skip
     """Plan a quantised target. Raises ArgumentError, CheckpointError, MappingError and ParallelError."""
     quantizations = choice.quantizations
-    groups = _group_sizes(choice, options)
+    groups = group_sizes(choice, options)
     model_type = dtype or source.dtype
     env = {**options, **choices, **source.model.facts, **parallel.env(), **source.model.functions}
     _check_model(choice, source, env)
-    derived = derive(quantizations, rules, source.model, choice.of, groups, model_type, env, choices, options)
+    choice = choice.settled(env)
+    derived = derive(quantizations, rules, source.model, choice.of, groups, model_type, env, choices)
     check_groups(derived, quantizations, groups, parallel)
     calibration = _calibration(quantizations, options)
     first = source if calibration is None else _given_weights(source, choice, calibration)
@@ -165,16 +106,14 @@ def quantize(
     modules, own = Modules(source.model, source.architecture), Modules(source.model, owner)
     finder.strangers(modules)
     units = list(
-        _units(
-            choice, derived, whole, Stage(made), finder, (modules, own), groups, options, model_type, first.opened.path
-        )
+        _units(choice, derived, whole, Stage(made), finder, (modules, own), groups, env, model_type, first.opened.path)
     )
     finder.fail()
     _share(quantizations, units)
     rest = bind(rules, derived.rest, parallel, dtype)
     plan = make_plan(source.bound, source.opened, rest.groups, rest.slots, source.model)
     target, plan, last = _cut(first, derived, bind, parallel, quantizations, units, (rest, plan))
-    fields, small = _said(choice, options, groups, units, parallel)
+    fields, small = said(choice, options, groups, units, derived, parallel)
     return Quantized(last, target, plan, units, fields, small)
 
 
@@ -186,9 +125,9 @@ def _check_model(choice: Choice, source: Source, env: Mapping[str, Any]) -> None
         for only in (*quantizations.only, *(scheme.only if scheme else ())):
             if not expressions.parse(only.when)(env):
                 raise MappingError(
-                    f"{name} cannot be had of this model", where=source.opened.path, expected=only.reason,
-                    found=f"a model of the family {source.architecture.name}",
-                    hint="choose another quantization for this model",
+                    f"{name} cannot be had of this model, or not with these options", where=source.opened.path,
+                    expected=only.reason, found=f"a model of the family {source.architecture.name}",
+                    hint="choose another quantization",
                 )  # fmt: skip
 
 
@@ -200,28 +139,6 @@ def table_of(plan: Plan, source: Source, slots: Sequence[Slot]) -> Callable[[], 
         return table(plan, source.opened, slots, np.fromiter(map(slot_bytes, slots), np.int64, len(slots)))
 
     return made
-
-
-def _group_sizes(choice: Choice, options: Mapping[str, Any]) -> dict[str, int]:
-    """The size of a group of columns, by scheme. Raises ArgumentError for one that a scheme does not have."""
-    quantizations, found = choice.quantizations, {}
-    for name in choice.all():
-        scheme = quantizations.schemes.get(name)
-        if scheme is None or not scheme.groups:
-            found[name] = 1
-            continue
-        wanted = {options.get(quantizations.group or "")}
-        if choice.mixed and quantizations.mixed is not None:
-            key = quantizations.mixed.group
-            wanted = {e.get(key) for e in choice.layers.values() if e.get(quantizations.mixed.algorithm) == name}
-        wanted = {scheme.groups[0] if size is None else size for size in wanted}
-        if len(wanted) > 1 or not wanted <= set(scheme.groups):
-            raise ArgumentError(
-                f"{name} has no groups of that size", found=", ".join(map(str, wanted)),
-                expected=" or ".join(map(str, scheme.groups)), hint=f"choose another {quantizations.group}",
-            )  # fmt: skip
-        found[name] = next(int(size) for size in wanted if size is not None)
-    return found
 
 
 def _calibration(quantizations: Quantizations, options: Mapping[str, Any]) -> Calibration | None:
@@ -259,7 +176,7 @@ def _given_weights(source: Source, choice: Choice, calibration: Calibration) -> 
 
 def _units(
     choice: Choice, derived: Derived, whole: Target, stage: Stage, finder: Finder, modules: tuple[Modules, Modules],
-    groups: Mapping[str, int], options: Mapping[str, Any], dtype: str, path: Path,
+    groups: Mapping[str, int], env: Mapping[str, Any], dtype: str, path: Path,
 ) -> Iterator[Unit]:  # fmt: skip
     """Every weight under every scheme that takes it."""
     quantizations = choice.quantizations
@@ -286,11 +203,12 @@ def _units(
                 finder.need(scheme.needs, ranges, parts)
                 constants = {
                     "group": groups[scheme_name], "dtype": dtype, "source_dtype": slot.dtype,
-                    **{key: expressions.parse(text)(options) for key, text in scheme.parameters.items()},
+                    **{key: expressions.parse(text)(env) for key, text in scheme.parameters.items()},
                     "fused": len(parts) > matrix.shape[0],
                 }  # fmt: skip
-                near = {key: _row(whole.slots[slots[n]], slots[n], matrix) for key, n in beside(scheme, name).items()}
-                yield Unit(matrix, scheme_name, scheme, quantizations.ranges, ranges, constants, near)
+                near = beside(scheme, name).items()
+                rows = {key: _row(whole.slots[slots[n]], slots[n], matrix) for key, n in near if n in slots}
+                yield Unit(matrix, scheme_name, scheme, quantizations.ranges, ranges, constants, rows)
 
 
 def _row(slot: Slot, index: int, like: Matrix) -> Matrix:
@@ -337,41 +255,3 @@ def _cut(
     copies = [*plan.copies, *(evolve(c, target=c.target + count) for c in encoded.copies)]
     slots = [*target.slots, *cut.slots]
     return Target(groups, slots, target.objects), Plan(copies, plan.replicas), evolve(source, opened=opened)
-
-
-def _said(
-    choice: Choice, options: Mapping[str, Any], groups: Mapping[str, int], units: Sequence[Unit], parallel: Parallel
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the config document says, and what lies in files beside it."""
-    quantizations = choice.quantizations
-    fields: dict[str, str] = dict(quantizations.config)
-    for name in choice.schemes:
-        if choice.mixed and quantizations.mixed is not None and name == quantizations.mixed.scheme:
-            fields |= quantizations.mixed.config
-        else:
-            fields |= quantizations.schemes[name].config
-    if quantizations.exclude is not None:
-        options = {**options, quantizations.exclude: list(choice.exclude) or None}
-    env = {**options, "group": next((groups[n] for n in choice.schemes if n in groups), 1)}
-    said = {path: expressions.parse(text)(env) for path, text in fields.items()}
-    if not choice.mixed or quantizations.mixed is None:
-        return said, {}
-    if parallel.pp > 1:
-        raise ArgumentError(
-            f"{quantizations.mixed.scheme} is written for one pipeline stage", expected="pp 1",
-            found=f"pp {parallel.pp}", hint="its list of layers counts from every stage's first",
-        )  # fmt: skip
-    listed = {}
-    for unit in units:
-        if quantizations.weight in unit.scheme.tensors:
-            env = {**options, "group": groups[unit.name]}
-            own = {path.rpartition(".")[2]: expressions.parse(text)(env) for path, text in unit.scheme.config.items()}
-            listed[unit.matrix.name] = own
-    unused = [glob for glob in choice.layers if not any(m == glob or fnmatchcase(m, glob) for m in listed)]
-    if unused:
-        raise MappingError(
-            "some of the listed layers are not in the model", expected="modules whose weights are quantised",
-            found=", ".join(unused[:8]), hint="the names are those of the unquantised target's modules",
-        )  # fmt: skip
-    head = {path.rpartition(".")[2]: said[path] for path in quantizations.mixed.config}
-    return said, {quantizations.mixed.file: {**head, quantizations.mixed.layers: listed}}

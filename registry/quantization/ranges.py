@@ -7,7 +7,6 @@ serve a checkpoint in any format.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +16,16 @@ import numpy as np
 from attrs import evolve, frozen
 
 from registry import catalog
-from registry.bind import Bound, bind_source, local_stages
+from registry.bind import Bound, bind_source
 from registry.computed import Computed, Ints
 from registry.dtypes import torch_dtype
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
 from registry.groups import Group, spellings, template_of
-from registry.model import LogicalModel, format_rules, rules_spec
+from registry.model import LogicalModel
 from registry.problems import collapse
 from registry.quantization.declared import Range
+from registry.quantization.trained import kept_states, module_pattern
 from registry.source import Source
 from registry.specs import FormatSpec, Spec
 from registry.storage import Opened, Piece, slot_bytes
@@ -45,6 +45,8 @@ class Calibration:
 
         self.path = path
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise OSError("no plain file")
             opened: Any = safe_open  # untyped
             self._file = opened(str(path), "pt")
             self.names = frozenset(self._file.keys())
@@ -80,7 +82,7 @@ class Modules:
                 axes = [(n.axis, n.plus) for n in named_axes(spelling.pattern)]
                 if not all(axis in model.sizes for axis, _ in axes):
                     continue
-                template = template_of(spelling.pattern).rpartition(".")[0]
+                template = template_of(module_pattern(spelling.pattern))
                 for tensor in rule.parsed.tensors:
                     self._found.setdefault(model.home(tensor), []).append((template, axes))
 
@@ -140,7 +142,7 @@ class Finder:
     @cached_property
     def _states(self) -> dict[str, dict[str, list[float]]]:
         """What modules of the source keep beside their weights, by the modules' names in the whole model."""
-        return {} if self.calibration is not None else _states(self._source)
+        return {} if self.calibration is not None else kept_states(self._source)
 
     def find(self, used: Iterable[str], parts: Sequence[Part], width: int) -> dict[str, list[torch.Tensor]]:
         """The ranges of one weight, by name and part."""
@@ -159,7 +161,7 @@ class Finder:
                 asked = " or ".join(_named(declared, parts[keys.index(None)].modules[0]))
                 self.problems.append(f"{asked}: not there")
                 continue
-            values = [self._value(declared, str(key), part, width) for key, part in zip(keys, parts, strict=True)]
+            values = [self._value(declared, str(keys[k]), k, parts, keys, width) for k in range(len(parts))]
             if None not in [value if value is None else 0 for value in values]:
                 found[name] = [value for value in values if value is not None]
         return found
@@ -198,22 +200,31 @@ class Finder:
             return self.calibration.tensor(key)
         piece: Piece = self._source.opened.state["ranges"][key]
         buffer = bytearray(slot_bytes(piece))
-        with SourceFiles(self._source.opened.files) as files:
+        with SourceFiles(self._source.opened.files, self._source.opened.stamps) as files:
             files.read_into(piece.file, piece.begin, memoryview(buffer))
         return torch.frombuffer(buffer, dtype=torch_dtype(piece.dtype)).reshape(piece.shape)
 
-    def _value(self, declared: Range, key: str, part: Part, width: int) -> torch.Tensor | None:
-        """A range, if it has the size that it should have; another is a problem, or none of these."""
+    def _value(
+        self, declared: Range, key: str, k: int, parts: Sequence[Part], keys: Sequence[str | None], width: int
+    ) -> torch.Tensor | None:
+        """The range of a part, if it has the size that it should have; another is a problem, or none of these.
+
+        Parts of one module share what came out of it. Which rows are whose is not known here: taken together they are
+        all there, which is enough for the largest of them.
+        """
         import torch
 
         if declared.shape == "matrix":
             return torch.zeros(0)  # in the source's place already
         value = self._tensor(key)
-        expected = {"one": 1, "in": width, "out": part.count}[declared.shape]
+        counts = [part.count if other == key else 0 for part, other in zip(parts, keys, strict=True)]
+        expected = {"one": 1, "in": width, "out": sum(counts)}[declared.shape]
         if value.numel() != expected:
             if not declared.optional:
                 self.problems.append(f"{key}: expected {expected} numbers, found {list(value.shape)}")
             return None
+        if declared.shape == "out":
+            value = value.reshape(-1)[sum(counts[:k]) : sum(counts[: k + 1])]
         value = value.to(torch.float32)
         if not bool(torch.isfinite(value).all()):
             self.problems.append(f"{key}: infinity or NaN")
@@ -249,32 +260,6 @@ class Finder:
 def _named(declared: Range, module: str) -> Iterator[str]:
     for name in declared.names:
         yield name.format(module=module, parent=module.rpartition(".")[0])
-
-
-def _states(source: Source) -> dict[str, dict[str, list[float]]]:
-    """What modules keep beside their weights. Of several ranks the number that is safe for all is taken: a range may
-    differ between the shards of one matrix, and the largest one, which is the smallest multiplier, holds for it."""
-    opened, found = source.opened, dict[str, dict[str, list[float]]]()
-    if opened.module_states is None:
-        return found
-    rules = format_rules(source.spec, source.architecture)
-    owner = rules_spec(source.spec, source.architecture)
-    patterns = [s.pattern for p, r in rules for s in spellings(owner, p, r, source.model)]
-    stages = {(s.pp, s.vpp): s.first for s in local_stages(opened, patterns)} if source.spec.ranked else {}
-    heads = sorted({re.split(r"\{\w+@pp\}", p)[0] for p in patterns if "@pp}" in p}, key=len, reverse=True)
-    for rank, modules in opened.module_states().items():
-        first = stages.get((rank.pp, rank.vpp), 0) if rank is not None else 0
-        for name, numbers in modules.items():
-            head = next((h for h in heads if name.startswith(h)), None)
-            if head is not None and first:
-                index, dot, rest = name.removeprefix(head).partition(".")
-                name = f"{head}{int(index) + first}{dot}{rest}" if index.isdigit() else name
-            known = found.setdefault(name, numbers)
-            for key, values in numbers.items():
-                safe = max if "inv" in key else min
-                if key in known and len(known[key]) == len(values):
-                    known[key] = [safe(a, b) for a, b in zip(known[key], values, strict=True)]
-    return found
 
 
 # Weights that a calibration has changed.

@@ -9,88 +9,23 @@ from __future__ import annotations
 import ast
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attrs import define, field, frozen
 
-from registry.assemble import Assembler, Table, array
 from registry.computed import Computed, Ints
-from registry.dtypes import ITEMSIZE, torch_dtype
+from registry.dtypes import torch_dtype
 from registry.errors import MappingError
 from registry.files import SourceFiles
 from registry.quantization import formulas
 from registry.quantization.declared import Range, Scheme, StoredTensor
+from registry.quantization.matrices import STEP, Matrix
 
 if TYPE_CHECKING:
     import torch
-
-#: Values of the matrix that are worked on at a time.
-_STEP = 1 << 18
-
-
-@define(eq=False)
-class Stage:
-    """The unquantised target on one rank, whose tensors are read row by row. `table` is made when first read from."""
-
-    table: Callable[[], Table]
-    _last: tuple[SourceFiles, Assembler] | None = None
-
-    def read(self, files: SourceFiles, slot: int, begin: int, buffer: memoryview) -> None:
-        """The bytes of one tensor from `begin` on."""
-        last = self._last
-        if last is None or last[0] is not files:
-            self._last = last = files, Assembler(files, self.table())
-        last[1].fill(buffer, slot, 0, begin, begin + len(buffer))
-
-
-@frozen(eq=False)
-class Matrix:
-    """A weight of the unquantised target as (experts, rows, columns), and where the parts that it is made of begin."""
-
-    stage: Stage
-    slot: int
-    name: str
-    dtype: str
-    shape: tuple[int, int, int]
-    parts: Ints
-    path: Path
-
-    @property
-    def rows(self) -> int:
-        """Rows of all experts."""
-        return self.shape[0] * self.shape[1]
-
-    def read(self, files: SourceFiles, rows: Ints, begin: int, end: int) -> torch.Tensor:
-        """Columns [begin, end) of some rows, as float32."""
-        import torch
-
-        width, item = self.shape[2], ITEMSIZE[self.dtype]
-        scratch = files.scratch("plain rows", len(rows) * width * item)
-        at = 0
-        for first, count in _runs(rows):
-            size = count * width * item
-            self.stage.read(files, self.slot, first * width * item, scratch[at : at + size])
-            at += size
-        raw = array(scratch, item, (len(rows), end - begin), (width, 1), begin * item)
-        return torch.from_numpy(raw).view(torch_dtype(self.dtype)).to(torch.float32, copy=True)
-
-    def blocks(self) -> Iterator[Ints]:
-        """All rows, some at a time, and never those of two experts."""
-        step = max(1, _STEP // self.shape[2])
-        for expert in range(self.shape[0]):
-            first = expert * self.shape[1]
-            for row in range(first, first + self.shape[1], step):
-                yield np.arange(row, min(row + step, first + self.shape[1]))
-
-
-def _runs(rows: Ints) -> Iterator[tuple[int, int]]:
-    """Rows that follow each other, as (first, count)."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    for run in np.split(rows, breaks):
-        yield int(run[0]), len(run)
 
 
 @define(eq=False)
@@ -119,7 +54,8 @@ class Unit:
         """Read all of the matrix once. Raises MappingError for values that are no finite numbers."""
         import torch
 
-        found = _Block(self, files, np.zeros(1, dtype=np.int64), 0, 1).whole("absmax", ast.Name("plain"), alone=True)
+        block = _Block(self, files, np.zeros(1, dtype=np.int64), 0, 1)
+        found = block.over_all("absmax", ast.Name("plain"), alone=True)
         self.largest = float(found.max())
         if not bool(torch.isfinite(found).all()):
             raise MappingError(
@@ -143,10 +79,16 @@ class Unit:
 
 
 class _Block:
-    """Some rows and columns of a unit's matrix, for formulas. See `registry.quantization.formulas.Block`."""
+    """Some rows and columns of a unit's matrix, for formulas. See `registry.quantization.formulas.Block`.
+
+    Values are (rows, groups of columns, columns of a group), 1 where they are the same for all: so what is of groups is
+    never spread over their columns. A scheme without groups has all of the columns in one.
+    """
 
     def __init__(self, unit: Unit, files: SourceFiles, rows: Ints, begin: int, end: int) -> None:
         self.unit, self.files, self.rows, self.begin, self.end = unit, files, rows, begin, end
+        group = unit.constants["group"]
+        self.size = group if group > 1 and (end - begin) % group == 0 else end - begin
         self._known: dict[str, Any] = {}
         self._raw: dict[str, torch.Tensor] = {}
 
@@ -167,25 +109,35 @@ class _Block:
             self._raw[key] = _held(self.formula(stored.value), stored, self.unit.constants["dtype"])
         return self._raw[key]
 
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        """A value for every row and column, as a matrix."""
+        groups = (self.end - self.begin) // self.size
+        return value.expand(len(self.rows), groups, self.size).reshape(len(self.rows), self.end - self.begin)
+
+    def _grouped(self, value: torch.Tensor) -> torch.Tensor:
+        """(rows, columns), or (rows, 1), as (rows, groups, columns of a group)."""
+        return value[:, :, None] if value.shape[1] == 1 else value.reshape(len(value), -1, self.size)
+
     def _name(self, name: str) -> Any:
         import torch
 
         unit = self.unit
         if name == "plain":
-            return unit.matrix.read(self.files, self.rows, self.begin, self.end)
+            return self._grouped(unit.matrix.read(self.files, self.rows, self.begin, self.end))
         if name in unit.scheme.let:
             return self.formula(unit.scheme.let[name])
         if name in unit.scheme.tensors:
             return self.stored(name).to(torch.float32)
         if name in unit.beside:
-            return unit.beside[name].read(self.files, np.zeros(1, dtype=np.int64), self.begin, self.end)
+            first = np.zeros(1, dtype=np.int64)
+            return self._grouped(unit.beside[name].read(self.files, first, self.begin, self.end))
         if name in unit.constants:
             return unit.constants[name]
-        return self._range(name)
+        return self._grouped(self._range(name))
 
     def given(self, name: str) -> bool:
         """As in `Block`."""
-        return name in self.unit.ranges
+        return name in self.unit.ranges or name in self.unit.beside
 
     def _range(self, name: str) -> torch.Tensor:
         """A range, as the rows' parts have it."""
@@ -203,16 +155,20 @@ class _Block:
 
     def reduce(self, function: str, inner: ast.expr) -> torch.Tensor:
         """As in `Block`."""
-        import torch
-
         matrix = self.unit.matrix
         if function == "row_absmax":
-            return self.wide(0, matrix.shape[2]).value(inner).abs().amax(1, keepdim=True)
+            return _largest(self.wide(0, matrix.shape[2]).value(inner).flatten(1))[:, :, None]
         if function == "group_absmax":
-            return self._groups(inner)
+            values = self.whole(self.value(inner))
+            return _largest(values.view(-1, self.size)).view(len(self.rows), -1, 1)
         if function == "mean":
             return self.at(matrix.parts, self.begin, self.end).value(inner).mean(0, keepdim=True)
-        found = self.whole(function, inner)
+        return self._grouped(self._of_whole(function, inner))
+
+    def _of_whole(self, function: str, inner: ast.expr) -> torch.Tensor:
+        import torch
+
+        matrix, found = self.unit.matrix, self.over_all(function, inner)
         if function.endswith("largest"):
             return found
         index = np.searchsorted(matrix.parts, self.rows, "right") - 1 if function == "part_absmax" else (
@@ -233,15 +189,7 @@ class _Block:
         found: torch.Tensor = formulas.evaluate(inner, self)
         return found
 
-    def _groups(self, inner: ast.expr) -> torch.Tensor:
-        size = self.unit.constants["group"]
-        first, last = self.begin // size * size, -(-self.end // size) * size
-        block = self.wide(first, last)
-        values = block.value(inner).expand(len(self.rows), last - first)
-        found = values.reshape(len(self.rows), -1, size).abs().amax(2).repeat_interleave(size, 1)
-        return found[:, self.begin - first : self.end - first]
-
-    def whole(self, function: str, inner: ast.expr, *, alone: bool = False) -> torch.Tensor:
+    def over_all(self, function: str, inner: ast.expr, *, alone: bool = False) -> torch.Tensor:
         """A reduction over whole matrices, computed once: of each expert, of each part, or of everything."""
         import torch
 
@@ -254,6 +202,17 @@ class _Block:
                     found = _over(_Block(u, self.files, self.rows, 0, 1), function, inner)
                     unit.cache[function, text, id(u)] = found
             return torch.stack([unit.cache[function, text, id(u)] for u in units]).amax(0)
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest size of a value in each row."""
+    import torch
+
+    size = values.abs()
+    if size.shape[1] >= 32:
+        return size.amax(1, keepdim=True)
+    # The same of short rows, several times as fast.
+    return torch.nn.functional.max_pool1d(size.view(1, 1, -1), size.shape[1]).view(-1, 1)
 
 
 def _over(block: _Block, function: str, inner: ast.expr) -> torch.Tensor:
@@ -275,18 +234,19 @@ def _over(block: _Block, function: str, inner: ast.expr) -> torch.Tensor:
         edges = []
         found = torch.zeros(experts, width if function == "column_absmax" else 1)
     for rows in matrix.blocks():
-        values = block.at(rows, 0, width).value(inner).abs()
+        own = block.at(rows, 0, width)
+        values = own.whole(own.value(inner))
+        at = int(rows[0]) // matrix.shape[1]
         if function == "column_absmax":
-            at = int(rows[0]) // matrix.shape[1]
-            found[at] = torch.maximum(found[at], values.amax(0))
+            found[at] = torch.maximum(found[at], values.abs().amax(0))
         elif function == "absmax":
-            at = int(rows[0]) // matrix.shape[1]
-            found[at] = torch.maximum(found[at], values.amax())
+            least, most = values.aminmax()
+            found[at] = torch.maximum(found[at], most.maximum(-least))
         else:
             for k, (low, high) in enumerate(itertools.pairwise(edges)):
-                own = values[torch.from_numpy((rows >= low) & (rows < high))]
-                if own.numel():
-                    found[k] = torch.maximum(found[k], own.amax())
+                part = values[torch.from_numpy((rows >= low) & (rows < high))]
+                if part.numel():
+                    found[k] = torch.maximum(found[k], part.abs().amax())
     return found
 
 
@@ -295,9 +255,8 @@ def _held(value: Any, stored: StoredTensor, model: str) -> torch.Tensor:
     import torch
 
     dtype = "float32" if stored.packed else model if stored.dtype == "model" else stored.dtype
-    if not torch.is_tensor(value):
-        value = torch.full((1, 1), float(value))
-    held: torch.Tensor = value.to(torch_dtype(dtype))
+    value = value if torch.is_tensor(value) else torch.tensor(float(value))
+    held: torch.Tensor = (value if value.dim() else value.view(1, 1, 1)).to(torch_dtype(dtype))
     return held
 
 
@@ -345,43 +304,43 @@ class Stored(Computed):
         import torch
 
         stored = self.unit.scheme.tensors[self.key]
-        step = max(2, _STEP // self.unit.matrix.shape[2] // 2 * 2)
+        step = max(2, STEP // self.unit.matrix.shape[2] // 2 * 2)
         found = [self._part(files, rows[i : i + step], begin, end, stored) for i in range(0, len(rows), step)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _part(self, files: SourceFiles, rows: Ints, begin: int, end: int, stored: StoredTensor) -> torch.Tensor:
-        block = _Block(self.unit, files, rows, begin, end)
+        dims, group = stored.shape.split(), self.unit.constants["group"]
+        columns = bool(dims) and dims[-1].startswith("in")
+        first, last = (begin // group * group, -(-end // group) * group) if columns else (begin, end)
+        block = _Block(self.unit, files, rows, first, last)
         value = block.stored(self.key)
-        dims = stored.shape.split()
-        whole = any(d.startswith("out") for d in dims) and any(d.startswith("in") for d in dims)
-        value = value.expand(len(rows), end - begin if dims and dims[-1].startswith("in") else 1)
-        if whole and "in/group" not in dims:
-            self._measure(block)
+        if not columns:
+            return value[:, 0, 0, None].expand(len(rows), end - begin)
         if "in/group" in dims:
-            value = value[:, :: self.unit.constants["group"]]
+            return value[:, :, 0].expand(len(rows), (end - begin) // group)
+        if any(dim.startswith("out") for dim in dims):
+            self._measure(block)
+        whole = block.whole(value)[:, begin - first : end - first]
         if stored.packed:
-            return _pack(value, stored, rows="out/2" in dims).to(torch_dtype(self.dtype))
-        return value.to(torch_dtype(self.dtype))
+            return _pack(whole, stored, rows="out/2" in dims).to(torch_dtype(self.dtype))
+        return whole
 
     def _measure(self, block: _Block) -> None:
         """Note how far the block's values will be from what they stand for."""
         scheme = self.unit.scheme
         if scheme.decoded is not None:
-            off = (block.formula(scheme.decoded) - block.formula(scheme.original)).abs().max()
+            low, high = (block.formula(scheme.decoded) - block.formula(scheme.original)).aminmax()
             with self.unit.lock:
-                self.unit.error = max(self.unit.error or 0.0, float(off))
+                self.unit.error = max(self.unit.error or 0.0, float(high), -float(low))
 
 
 def _pack(value: torch.Tensor, stored: StoredTensor, *, rows: bool) -> torch.Tensor:
     """Two values in a byte, the first in its low half: of two rows, or of two columns."""
     import torch
 
-    if stored.packed == "int4":
-        codes = value.to(torch.int8).view(torch.uint8) & 15
-    else:
-        size = value.abs()
-        order = torch.where(size < 2, 2 * size, torch.where(size < 4, size + 2, size / 2 + 4)).to(torch.uint8)
-        codes = order | torch.signbit(value).to(torch.uint8) << 3
+    if stored.packed == "fp4":
+        return formulas.fp4_pairs(value.contiguous())
+    codes = value.to(torch.int8).view(torch.uint8) & 15
     low, high = (codes[0::2], codes[1::2]) if rows else (codes[:, 0::2], codes[:, 1::2])
     packed: torch.Tensor = low | (high << 4)
     return packed.view(torch.int8) if stored.dtype == "int8" else packed

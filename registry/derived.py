@@ -60,7 +60,8 @@ def _added(source: Source, name: str, derived: Derived, dtype: str | None) -> So
     own = {parse(layout).tensors[0] for layout in derived.of.values()}
     types = {dtype if dtype is not None and is_float(found) else found for found in map(source.dtype_of, sorted(own))}
     kept = max(types, key=lambda found: ITEMSIZE[found])
-    index = np.array(list(itertools.product(*(range(model.sizes[axis]) for axis in derived.index))), dtype=np.int64)
+    every = list(itertools.product(*(range(model.sizes[axis]) for axis in derived.index)))
+    index = np.array(every, dtype=np.int64).reshape(len(every), len(derived.index))  # a model may have no layers
     columns = {axis: index[:, k] for k, axis in enumerate(derived.index)}
     made = _Made(source, derived, kept, len(index), *_parts(source, derived, kept, columns))
     layout = parse(f"{name}: {' '.join(derived.axes)}")

@@ -10,15 +10,17 @@ layout of the published files, where those differ (tests/hub_layouts.py).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from registry.testing import transformers_model
+from registry.testing.models import load_directory as load
+from registry.testing.models import save_directory as save
 from tests import hub_layouts as hub
-from tests.hub_layouts import Config, Hub, Tensors
+from tests.hub_layouts import Config, Hub
 
 HF, DCP, MEGATRON, LEGACY, TRTLLM = "huggingface", "dcp", "megatron", "megatron-legacy", "trtllm"
 MCORE, ALL = (HF, DCP, MEGATRON, LEGACY), (HF, DCP, MEGATRON, LEGACY, TRTLLM)
@@ -51,40 +53,11 @@ def build(name: str, dtype: str, folder: Path) -> Path:
         tensors, config = hub.decilm(family.config), {**family.config, "torch_dtype": dtype}
         save(folder, {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}, config)
         return folder
-    model_class = getattr(transformers, family.model_class)
-    model = model_class(model_class.config_class(**family.config))
-    wide = getattr(model_class, "_keep_in_fp32_modules_strict", None) or ()
-    kept = {}
-    for key, tensor in {t.data_ptr(): (k, t) for k, t in reversed(model.state_dict().items())}.values():
-        if tensor.is_floating_point():
-            tensor.copy_(hub.random_like(tensor, key))
-        if any(part in key for part in wide):
-            kept[key] = tensor.clone()
-    model.to(getattr(torch, dtype))
-    for key, tensor in kept.items():
-        module = model.get_submodule(key.rpartition(".")[0])
-        getattr(module, key.rpartition(".")[2]).data = tensor
-    model.save_pretrained(folder)
+    transformers_model(family.config, folder, dtype, getattr(transformers, family.model_class))
     if family.hub:
         tensors, config = load(folder)
         save(folder, *family.hub(tensors, config))
     return folder
-
-
-def load(folder: Path) -> tuple[Tensors, Config]:
-    """The tensors and the config of a directory with one safetensors file."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-
-
-def save(folder: Path, tensors: Tensors, config: Config) -> None:
-    """Write a directory's tensors and config."""
-    from safetensors.torch import save_file
-
-    # a safetensors file holds no tensor twice: what are copies here are copies there
-    save_file({k: t.clone().contiguous() for k, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 # Sizes. Heads of a size of their own, where the class has head_dim; else hidden_size / heads.
@@ -238,6 +211,8 @@ FAMILIES: dict[str, Family] = {
                            formats=ALL, rounded="*embed_positions.weight"),
     "opt_hub": _tiny("opt", "OPTForCausalLM", _OPT, hub=hub.renamed("model.decoder.", "decoder."),
                      formats=ALL, rounded="*embed_positions.weight"),
+    "opt_350m": _tiny("opt", "OPTForCausalLM", _OPT, do_layer_norm_before=False, word_embed_proj_dim=36,
+                      formats=(HF, DCP)),
     "mpt": _tiny("mpt", "MptForCausalLM", _MPT, formats=ALL),
     "olmo2": _tiny("olmo2", "Olmo2ForCausalLM", _OLMO),
     "olmo3": _tiny("olmo3", "Olmo3ForCausalLM", _OLMO, sliding_window=8),
@@ -288,6 +263,8 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": _tiny("minimax_m2", "MiniMaxM2ForCausalLM", _LLAMA | _LOCAL),
     "ernie4_5_moe": _tiny("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _LLAMA, moe_num_experts=4, moe_k=2,
                           moe_intermediate_size=40, moe_num_shared_experts=2),
+    "ernie4_5_moe_bias": _tiny("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _LLAMA, moe_num_experts=4, moe_k=2,
+                               moe_intermediate_size=40, moe_num_shared_experts=2, use_bias=True, formats=(HF, DCP)),
     "granitemoe": _tiny("granitemoe", "GraniteMoeForCausalLM", _OLMO | _TIED | _LOCAL),
     "phimoe": _tiny("phimoe", "PhimoeForCausalLM", _OLMO | _LOCAL, attention_bias=True, lm_head_bias=True,
                     formats=(HF, DCP)),
@@ -296,6 +273,8 @@ FAMILIES: dict[str, Family] = {
 
     # state space models and hybrids
     "mamba": _tiny("mamba", "MambaForCausalLM", _MAMBA, time_step_rank=5, formats=(HF, DCP, TRTLLM), rounded="*.A_log"),
+    "mamba_bias": _tiny("mamba", "MambaForCausalLM", _MAMBA, time_step_rank=5, use_bias=True,
+                        formats=(HF, DCP, TRTLLM), rounded="*.A_log"),
     "mamba2": _tiny("mamba2", "Mamba2ForCausalLM", _MAMBA, num_heads=8, head_dim=14, n_groups=2),
     "mamba2_tied": _tiny("mamba2", "Mamba2ForCausalLM", _MAMBA | _TIED, num_heads=8, head_dim=14, n_groups=4),
     "nemotron_h": _tiny("nemotron_h", "NemotronHForCausalLM", _NEMOTRON_H | _NEMOTRON_MOE,

@@ -6,25 +6,16 @@ transformers drops on reading (multi-token prediction) get random numbers of the
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from registry.testing.models import random_like
+
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
 Hub = Callable[[Tensors, Config], tuple[Tensors, Config]]
-
-
-def random_like(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Random numbers that depend on the name only; norms' weights are near one. On the meta device, none at all."""
-    if tensor.is_meta:
-        return torch.empty_like(tensor)
-    draw = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-    is_norm = tensor.ndim == 1 and "norm" in name.lower().replace(".ln_", ".norm_") and name.endswith("weight")
-    draw = draw * (0.2 if tensor.ndim < 2 else 0.06) + (1 if is_norm else 0)
-    return draw.to(tensor.dtype)
 
 
 def _random(shape: tuple[int, ...], name: str, like: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from registry.boxes import Box, Fragment, assemble, clip, contiguous, fragments, interval, shape, views
 from registry.errors import LayoutError, ParallelError
 from registry.layout import parse
-from tests.test_layout import Node, Tree, layouts, show, tensors_of
+from registry.testing.layouts import Node, Tree, all_tensors, axes_of, layouts, show, tensors_of
 
 # An element of a stored tensor: the logical tensor that it belongs to and its index there; None is padding.
 Element = tuple[str, tuple[int, ...]]
@@ -100,20 +100,6 @@ class Reference:
 
 
 # Random cases
-
-
-def axes_of(nodes: list[Node]) -> list[str]:
-    found = []
-    for kind, inner, _ in nodes:
-        if kind == "axis":
-            found.append(inner)
-        for _, below in inner if kind == "sum" else [(None, inner)] if kind == "product" else []:
-            found += axes_of(below)
-    return found
-
-
-def all_tensors(tree: Tree) -> list[str]:
-    return [tree[0]] if tree[0] else tensors_of(tree[1])
 
 
 @st.composite

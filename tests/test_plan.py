@@ -27,8 +27,9 @@ from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Opened, Piece, Rank, Slot
 from registry.target import Target, bind_target
 from registry.tensor_rules import AXIS, Named, Rule, named_axes
-from tests.test_boxes import Reference, axes_of
-from tests.test_layout import layouts, show, tree_of
+from registry.testing.layouts import axes_of, layouts, show
+from tests.test_boxes import Reference
+from tests.test_layout import tree_of
 
 PADDING = -1
 

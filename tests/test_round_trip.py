@@ -1,23 +1,20 @@
-"""HF -> X -> HF is the same files, for every X and layout; and every ordered pair of formats, on random models."""
+"""Every built-in format through `registry.testing.FormatTests`; every ordered pair of formats, and casts on the way."""
 
 from __future__ import annotations
 
-import filecmp
 import itertools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import registry
 from registry import Parallel
+from registry.testing import FormatTests, same_directory
 from tests.conftest import HF_MODELS
 
 FORMATS = ["huggingface", "dcp", "megatron", "megatron-legacy", "trtllm"]
@@ -30,23 +27,40 @@ LAYOUTS = [
 ]
 
 
-def same_directory(a: Path, b: Path) -> None:
-    """Same names, same bytes."""
-    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
-    for path in a.iterdir():
-        assert filecmp.cmp(path, b / path.name, shallow=False), path.name
+# Every built-in format through the tests that a third party's gets, on these models.
 
 
-@pytest.mark.parametrize("name", HF_MODELS)
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-@pytest.mark.parametrize("to", FORMATS[1:])
-def test_there_and_back_is_the_same_directory(
-    name: str, parallel: Parallel, to: str, tmp_path: Path, hf_model: Callable[..., Path]
-) -> None:
-    source = hf_model(name, max_shard_size="200KB") if to == "megatron" else hf_model(name)
-    registry.convert(source, tmp_path / "there", to=to, parallel=parallel)
-    registry.convert(tmp_path / "there", tmp_path / "back", to="huggingface")
-    same_directory(source, tmp_path / "back")
+def _config(name: str) -> dict[str, Any]:
+    model_type, fields = HF_MODELS[name]
+    return {"model_type": model_type, **fields}
+
+
+class TestHuggingface(FormatTests):
+    format = "huggingface"
+    architectures: ClassVar = {name: _config(name) for name in ("llama3", "gpt2")}
+
+
+class TestDcp(FormatTests):
+    format = "dcp"
+    architectures: ClassVar = {name: _config(name) for name in HF_MODELS}
+
+
+class TestMegatron(FormatTests):
+    format = "megatron"
+    architectures: ClassVar = {name: _config(name) for name in HF_MODELS}
+    layouts = LAYOUTS
+
+
+class TestMegatronLegacy(FormatTests):
+    format = "megatron-legacy"
+    architectures: ClassVar = {name: _config(name) for name in HF_MODELS}
+    layouts = LAYOUTS
+
+
+class TestTrtllm(FormatTests):
+    format = "trtllm"
+    architectures: ClassVar = {name: _config(name) for name in HF_MODELS}
+    layouts = LAYOUTS
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FORMATS, 2)))
@@ -95,95 +109,6 @@ def test_transformers_loads_what_comes_back(name: str, tmp_path: Path, hf_model:
     with torch.no_grad():
         a, b = (model(ids).logits for model in models)
     assert torch.equal(a, b)
-
-
-# Random models, layouts and pairs of formats. The tensors hold random bytes, NaNs with payloads among them.
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.bool]
-
-
-@st.composite
-def models(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    group, rep = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 3]))
-    heads, head_dim = group * rep, draw(st.sampled_from([2, 4, 6]))
-    layers, hidden = draw(st.sampled_from([0, 1, 2, 4, 5])), draw(st.integers(1, 9))
-    ffn, vocab = 4 * draw(st.integers(1, 3)), draw(st.integers(1, 19))
-    tied, bias, mlp_bias = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
-    config = {
-        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-        "num_key_value_heads": group, "head_dim": head_dim, "intermediate_size": ffn, "vocab_size": vocab,
-        "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": mlp_bias,
-        "unknown_field": {"ünïcode": [1, None]},
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    if not tied:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    q, kv = heads * head_dim, group * head_dim
-    for i in range(layers):
-        p = f"model.layers.{i}."
-        shapes |= {
-            f"{p}input_layernorm.weight": (hidden,), f"{p}post_attention_layernorm.weight": (hidden,),
-            f"{p}self_attn.q_proj.weight": (q, hidden), f"{p}self_attn.k_proj.weight": (kv, hidden),
-            f"{p}self_attn.v_proj.weight": (kv, hidden), f"{p}self_attn.o_proj.weight": (hidden, q),
-            f"{p}mlp.gate_proj.weight": (ffn, hidden), f"{p}mlp.up_proj.weight": (ffn, hidden),
-            f"{p}mlp.down_proj.weight": (hidden, ffn),
-        }  # fmt: skip
-        if bias:
-            shapes |= {f"{p}self_attn.q_proj.bias": (q,), f"{p}self_attn.k_proj.bias": (kv,)}
-            shapes |= {f"{p}self_attn.v_proj.bias": (kv,), f"{p}self_attn.o_proj.bias": (hidden,)}
-        if mlp_bias:
-            shapes |= {
-                f"{p}mlp.gate_proj.bias": (ffn,),
-                f"{p}mlp.up_proj.bias": (ffn,),
-                f"{p}mlp.down_proj.bias": (hidden,),
-            }
-    return config, shapes
-
-
-def fitting(draw: st.DrawFn, config: dict[str, Any], to: str) -> Parallel:
-    """A layout that the format can hold of this model."""
-    group, rep = config["num_key_value_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
-    rows = group * (rep + 2) * config["head_dim"]
-    sizes = [
-        n for n in (1, 2, 4)
-        if config["intermediate_size"] % n == 0 and (group * rep) % n == 0 and (group % n == 0 or n % group == 0)
-        and rows % n == 0
-    ]  # fmt: skip
-    layers = config["num_hidden_layers"]
-    cut = sorted(draw(st.lists(st.integers(0, layers), max_size=2)))
-    counts = [b - a for a, b in itertools.pairwise([0, *cut, layers])]
-    vpp = draw(st.sampled_from([n for n in (1, 2, 3) if len(counts) % n == 0])) if to != "trtllm" else 1
-    return Parallel(tp=draw(st.sampled_from(sizes)), pp=counts, vpp=vpp)
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(data=st.data())
-def test_random_models_through_random_formats(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    config, shapes = data.draw(models())
-    dtype = data.draw(st.sampled_from(DTYPES))
-    seed = data.draw(st.integers(0, 2**31))
-    generator = torch.Generator().manual_seed(seed)
-    root = tmp_path_factory.mktemp("random")
-    tensors = {}
-    for name, shape in shapes.items():
-        raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
-        tensors[name] = (raw.view(dtype) if dtype != torch.bool else raw % 2 == 1).reshape(shape)
-    source = root / "source"
-    source.mkdir()
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    (source / "config.json").write_text(json.dumps(config, ensure_ascii=False))
-    (source / "tokenizer ünï.json").write_bytes(b"\x00\xff")
-    path = source
-    for step in range(data.draw(st.integers(1, 3))):
-        to = data.draw(st.sampled_from(FORMATS))
-        parallel = fitting(data.draw, config, to)
-        padding = {"make_vocab_size_divisible_by": data.draw(st.sampled_from([1, 8, 128]))} if "meg" in to else {}
-        threads = data.draw(st.sampled_from([1, 2]))
-        registry.convert(path, root / str(step), to=to, parallel=parallel, options=padding, threads=threads)
-        path = root / str(step)
-        assert registry.verify(path, source)
-    registry.convert(path, root / "back", to="huggingface")
-    same_directory(source, root / "back")
 
 
 def test_gpt2_without_its_prefix_comes_back_without_it(tmp_path: Path, hf_model: Callable[..., Path]) -> None:

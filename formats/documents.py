@@ -7,49 +7,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from registry import documents
+from registry.documents import MAX_CONFIG
 from registry.errors import CheckpointError
 from registry.storage import Opened, Request, Small
 
 MANIFEST = "registry.json"
 HUB = "huggingface"
-_MAX_JSON = 256 << 20
-_MAX_DEPTH = 64
 
 
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
-    return found
-
-
-def _depth(value: Any, left: int) -> None:
-    if left < 0:
-        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if isinstance(inner, dict | list):
-            _depth(inner, left - 1)
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for a missing, huge or malformed file (NaN and duplicate keys included)."""
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON:
-            raise ValueError(f"{size} bytes are too many for a document")
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant, object_pairs_hook=_unique)
-        _depth(data, _MAX_DEPTH)
+        data = documents.read_json(path, limit)
     except FileNotFoundError:
         raise CheckpointError(
             "a file is missing", where=path, expected=path.name, found="no such file",
             hint="copy the checkpoint again, whole",
         ) from None  # fmt: skip
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             "not a readable JSON file", where=path, expected="a JSON object", found=error,
             hint="correct the file, or get it again",

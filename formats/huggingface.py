@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from registry.errors import ArgumentError, CheckpointError
+from registry.reading import each
 from registry.storage import FilePlan, Laid, Opened, Piece, Request, Slot, Small, slot_bytes
 
 from . import documents
@@ -20,6 +21,7 @@ from .safetensors_file import layout, read_header
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MAX_INDEX = 256 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
@@ -39,20 +41,22 @@ class Container:
 
     def open(self, path: Path, spec_name: str) -> Opened:
         """Read every header. Raises CheckpointError for whatever does not fit together."""
-        index = documents.read_json(path / INDEX) if (path / INDEX).is_file() else None
+        index = documents.read_json(path / INDEX, _MAX_INDEX) if (path / INDEX).is_file() else None
         if index is None and not (path / SINGLE).is_file():
             _refuse_other_weights(path)
         names = [SINGLE] if index is None else _indexed_files(path, index)
         pieces: list[Piece] = []
         nbytes = 0
         metadata: dict[str, dict[str, str]] = {}
-        for i, name in enumerate(names):
+        for name in names:
             if not (path / name).is_file():
                 raise CheckpointError(
                     "a file that the index names is missing", where=path / name, expected=f"{len(names)} files",
                     found="no such file", hint="download it again; every shard is needed",
                 )  # fmt: skip
-            entries, metadata[name] = read_header(path / name)
+        headers = each(read_header, [path / name for name in names], path)
+        for i, (name, (entries, told)) in enumerate(zip(names, headers, strict=True)):
+            metadata[name] = told
             nbytes += sum([e.end - e.begin for e in entries.values()])
             pieces += [Piece(key, e.dtype, e.shape, i, e.begin) for key, e in entries.items()]
         if index is not None:
@@ -162,7 +166,7 @@ def _shard_limit(text: object) -> int:
 
 def _natural(slot: Slot) -> list[tuple[int, int, str]]:
     """Sorts `layers.10` after `layers.9`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in slot.name.split(".")]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in slot.name.split(".")]
 
 
 def _split(request: Request) -> dict[str, list[Slot]]:
@@ -171,7 +175,7 @@ def _split(request: Request) -> dict[str, list[Slot]]:
     chosen = request.options.get("shard_size")
     index = request.side_files.get(INDEX)
     if chosen is None and index is not None:
-        weights = documents.read_json(index).get("weight_map")
+        weights = documents.read_json(index, _MAX_INDEX).get("weight_map")
         if isinstance(weights, dict) and weights.keys() == {slot.name for slot in slots}:
             shards: dict[str, list[Slot]] = {
                 name: [] for name in sorted(set(_indexed_files(index.parent, {"weight_map": weights})))
@@ -201,7 +205,7 @@ def _place_index(
     total = sum(slot_bytes(slot) for slots in shards.values() for slot in slots)
     old = request.side_files.get(INDEX)
     if old is not None:
-        before = documents.read_json(old)
+        before = documents.read_json(old, _MAX_INDEX)
         header = before.get("metadata")
         if (
             before.get("weight_map") == weights

@@ -22,7 +22,7 @@ from .pickles import Global, attributes
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINT_VERSION = 3.0
 _SMALL = 1 << 16
-_ITERATION = re.compile(r"iter_(\d{7,})|release")
+_ITERATION = re.compile(r"iter_(\d{7,18})|release")
 _NAMESPACE = Global("argparse", "Namespace")
 
 
@@ -154,19 +154,21 @@ def training(common: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 def plain(value: Any, where: Path) -> Any:
     """A graph with the (small) tensors in it read into memory."""
+    return _plain(value, plain_data.Tensors(where))
+
+
+def _plain(value: Any, tensors: plain_data.Tensors) -> Any:
     if isinstance(value, torchzip.TensorRef):
         if value.nbytes > _SMALL or not value.is_contiguous:
             raise CheckpointError(
-                "a large tensor in the common state", where=where, expected=f"at most {_SMALL} bytes",
+                "a large tensor in the common state", where=tensors.where, expected=f"at most {_SMALL} bytes",
                 found=f"{value.dtype} {value.shape}", hint="convert without it: options={'optimizer': 'none'}",
             )  # fmt: skip
-        with where.open("rb") as file:
-            file.seek(value.offset)
-            return torchzip.NewTensor(value.dtype, value.shape, file.read(value.nbytes))
+        return torchzip.NewTensor(value.dtype, value.shape, tensors.read(value))
     if isinstance(value, dict):
-        return {key: plain(inner, where) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(inner, where) for inner in value)
+        return {key: _plain(inner, tensors) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(inner, tensors) for inner in value)
     return value
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from registry.errors import CheckpointError
 from registry.plain import TensorData
 
+from .pickles import brief
 from .torchzip import NewTensor
 
 #: Says of a group whether its weights are those of experts, which have an optimizer of their own.
@@ -22,7 +24,7 @@ EXPERTS = "is_expert_parallel"
 def parts(entry: Any) -> list[dict[str, Any]]:
     """The optimizers of an entry: one, or those of a chain, dense weights first."""
     if isinstance(entry, dict) and entry and all(type(key) is int for key in entry):
-        return [dict(entry[key]) for key in sorted(entry)]
+        entry = [entry[key] for key in sorted(entry)]
     return [dict(part) for part in (entry if isinstance(entry, list) else [entry]) if isinstance(part, dict)]
 
 
@@ -30,6 +32,12 @@ def inner(part: Mapping[str, Any]) -> Mapping[str, Any]:
     """The torch optimizer's own state dict."""
     found = next((part[key] for key in ("optimizer", "optimizer_state_dict") if key in part), part)
     return found if isinstance(found, Mapping) else {}
+
+
+def groups(own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups of a torch optimizer's state dict."""
+    found = own.get("param_groups")
+    return [dict(group) for group in found if isinstance(group, dict)] if isinstance(found, list) else []
 
 
 def without_tensors(entry: Any) -> Any:
@@ -40,17 +48,20 @@ def without_tensors(entry: Any) -> Any:
 
 def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
     own = inner(part)
-    count = next(_steps(own.get("state") or {}), None)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in own.get("param_groups", [])]
-    kept: dict[str, Any] = {"param_groups": groups}
+    count = next(_steps(own.get("state")), None)
+    kept: dict[str, Any] = {"param_groups": _without_params(own)}
     if count is not None:
         kept["state"] = {"common_step": count}
     beside = {key: part[key] for key in ("grad_scaler", "param_state_sharding_type") if key in part}
     return {"optimizer": kept, **beside} if own is not part else kept
 
 
-def _steps(state: Mapping[Any, Any]) -> Iterator[Any]:
-    for key, value in state.items():
+def _without_params(own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups(own)]
+
+
+def _steps(state: object) -> Iterator[Any]:
+    for key, value in state.items() if isinstance(state, dict) else ():
         if key in ("common_step", "step"):
             yield value
         elif isinstance(value, Mapping) and "step" in value:
@@ -63,8 +74,7 @@ def written(entry: Any, *, chained: bool | None, masters: bool, ranks: bool) -> 
 
     With `masters` it is the distributed optimizer's, in files of ranks always (`ranks`); else that of float32 weights.
     """
-    marked = [_with_groups(part, [_marked(group) for group in inner(part).get("param_groups", [])])
-              for part in parts(entry)]  # fmt: skip
+    marked = [_with_groups(part, [_marked(group) for group in groups(inner(part))]) for part in parts(entry)]
     found = [_part(part, masters=masters or ranks, ranks=ranks) for part in _chain(marked, chained)]
     if len(found) < 2:
         return next(iter(found), None)
@@ -82,42 +92,49 @@ def _marked(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _chain(found: list[dict[str, Any]], chained: bool | None) -> list[dict[str, Any]]:
     """One part for dense weights and one for experts; groups that do not say of what they are stay together."""
-    groups = [group for part in found for group in inner(part).get("param_groups", [])]
-    if chained in (None, len(found) > 1) or not groups or any(EXPERTS not in group for group in groups):
+    every = [group for part in found for group in groups(inner(part))]
+    if chained in (None, len(found) > 1) or not every or any(EXPERTS not in group for group in every):
         return found
-    dense = [group for group in groups if not group[EXPERTS]]
+    dense = [group for group in every if not group[EXPERTS]]
     if not chained:
         return [_with_groups(found[0], dense)]
-    experts = [group for group in groups if group[EXPERTS]] or [{**group, EXPERTS: True} for group in dense]
+    experts = [group for group in every if group[EXPERTS]] or [{**group, EXPERTS: True} for group in dense]
     return [_with_groups(found[0], dense), _with_groups(found[0], experts)]
 
 
-def _with_groups(part: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    own = {**inner(part), "param_groups": groups}
+def _with_groups(part: dict[str, Any], changed: list[dict[str, Any]]) -> dict[str, Any]:
+    own = {**inner(part), "param_groups": changed}
     return {**part, "optimizer": own} if inner(part) is not part else own
 
 
 def _part(part: dict[str, Any], *, masters: bool, ranks: bool) -> dict[str, Any]:
-    own = inner(part)
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in own.get("param_groups", [])]
+    bare = _without_params(inner(part))
     if not masters:
-        return _with_groups(part, groups)
+        return _with_groups(part, bare)
     count = step(part)
-    groups = [group if count is None or "step" in group else {**group, "step": int(count)} for group in groups]
+    bare = [group if count is None or "step" in group else {**group, "step": int(count)} for group in bare]
     beside = {"grad_scaler": part["grad_scaler"]} if "grad_scaler" in part else {}
     kind = {} if ranks else {"param_state_sharding_type": "fully_reshardable"}
-    return {"optimizer": {"param_groups": groups}, **kind, **beside}
+    return {"optimizer": {"param_groups": bare}, **kind, **beside}
 
 
 def step(part: Mapping[str, Any]) -> float | None:
     """How often an optimizer has stepped, if it says so."""
     own = inner(part)
-    counts = [*_steps(own.get("state") or {}), *(group.get("step") for group in own.get("param_groups", []))]
+    counts = [*_steps(own.get("state")), *(group.get("step") for group in groups(own))]
     return next((number(count) for count in counts if count is not None), None)
 
 
 def number(count: Any) -> float:
-    """A step count, which may be a tensor."""
-    if isinstance(count, NewTensor | TensorData):
-        return float(np.frombuffer(count.data, count.dtype)[0])
-    return float(count)
+    """A step count, which may be a tensor. Raises CheckpointError for what is no count."""
+    tensor = count if isinstance(count, NewTensor | TensorData) else None
+    try:
+        found = float(np.frombuffer(tensor.data, tensor.dtype)[0] if tensor is not None else count)
+        if not 0 <= found < 1 << 63:
+            raise ValueError("out of range")
+    except (TypeError, ValueError, LookupError, OverflowError):
+        raise CheckpointError(
+            "an optimizer's step is no count", expected="a number of steps", found=brief(count),
+            hint="convert without it: options={'optimizer': 'none'}",
+        ) from None  # fmt: skip
+    return found

@@ -15,11 +15,13 @@ from typing import Any
 
 from registry.errors import CheckpointError
 
-from .pickle_nodes import Builder, Call, Global, InertDict, Persistent, Size, brief
+from .pickle_nodes import Builder, Call, Global, InertDict, Kind, Persistent, Record, Size, brief
 
 _BATCH = 1000  # items an APPENDS or SETITEMS takes, as in the standard pickler
 _INT4 = struct.Struct("<i")
 _UINT4 = struct.Struct("<I")
+_JINT4 = struct.Struct("<Bi")
+_PUTS4 = struct.Struct("<I2sI")
 _FLOAT = struct.Struct(">d")
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
 _ENCODE = Global("_codecs", "encode")
@@ -59,6 +61,8 @@ class _Writer:
         self._memo: dict[int, bytes] = {}
         self._values: dict[object, bytes] = {}
         self._alive: list[object] = []  # ids stay unique only while their objects live
+        # What is written of each record of a kind: up to the memo, before each value, and at the end.
+        self._rendered: dict[Kind, tuple[bytes, list[bytes], bytes]] = {}
         self._table: dict[type, Callable[[Any], None]] = {
             type(None): lambda _: self.out.extend(b"N"),
             bool: lambda value: self.out.extend(b"\x88" if value else b"\x89"),
@@ -83,6 +87,9 @@ class _Writer:
 
     def save(self, obj: Any) -> None:
         kind = type(obj)
+        if kind is Record:
+            self._record(obj)
+            return
         # Called millions of times for a large checkpoint's metadata, mostly for known strings: hence no calls here.
         known = self._values.get(obj) if kind is str else self._memo.get(id(obj))
         if known is not None:
@@ -183,8 +190,7 @@ class _Writer:
         self._put(value)
 
     def _size(self, value: Size) -> None:
-        key = (Size, *value)
-        known = self._values.get(key)
+        known = self._values.get(value)
         if known is not None:
             self.out += known
             return
@@ -195,7 +201,7 @@ class _Writer:
             self._int(size)
         self.out += _TUPLES.get(len(value), b"t" if value else b")")
         self.out += b"\x85R"
-        self._values[key] = self._put_next()
+        self._values[value] = self._put_next()
 
     def _list(self, value: list[Any]) -> None:
         self.out += b"]"
@@ -268,6 +274,48 @@ class _Writer:
         if node.pairs:
             self._setitems(node.pairs, len(node.pairs))
         self._build(node.state)
+
+    def _record(self, record: Record) -> None:
+        kind, values = record
+        rendered = self._rendered.get(kind)
+        index = self._count
+        if rendered is None or index < 256:
+            self._call(kind.func.new(state=dict(zip(kind.names, values, strict=True))))
+            if index >= 256:
+                self._render(kind)
+            return
+        head, names, tail = rendered
+        out, known_value = self.out, self._values.get
+        self._count = index + 2
+        out += head
+        out += _PUTS4.pack(index, b"}r", index + 1) if self._protocol < 4 else b"\x94}\x94"
+        for name, value in zip(names, values, strict=True):
+            out += name
+            what = type(value)
+            if what is str or what is Size:
+                known = known_value(value)
+                if known is None:
+                    self.save(value)
+                else:
+                    out += known
+            elif what is int:
+                if 65536 <= value < 2**31:
+                    out += _JINT4.pack(74, value)
+                else:
+                    self._int(value)
+            elif value is None:
+                out += b"N"
+            else:
+                self.save(value)
+        out += tail
+
+    def _render(self, kind: Kind) -> None:
+        """Keep what is the same in all further records of a kind: class, names and opcodes."""
+        head = self._memo[id(kind.func)] + (b")\x81" if self._protocol >= 4 else b")\x81r")
+        names = [self._values[name] for name in kind.names]
+        if len(names) > 1:
+            names[0] = b"(" + names[0]
+        self._rendered[kind] = head, names, b"ub" if len(names) > 1 else b"sb" if names else b"b"
 
     def _inert_dict(self, node: InertDict) -> None:
         self._reduce(node, node.func, node.args)

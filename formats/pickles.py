@@ -19,6 +19,8 @@ from registry.errors import CheckpointError, RegistryError, UnsafePickleError
 
 from .pickle_nodes import Builder, Call, Global, InertDict, Persistent, Size, attr, attributes, brief
 from .pickle_scan import check_opcodes
+from .pickle_tree import check_tree
+from .pickle_tuples import check_tuples
 from .pickle_write import dumps
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "attr",
     "attributes",
     "brief",
+    "check_start",
+    "check_tree",
     "dumps",
     "is_allowed",
     "loads",
@@ -84,6 +88,12 @@ def is_allowed(module: str, name: str) -> bool:
     return (module, name) in _EXACT or _PATTERNS.fullmatch(f"{module}.{name}") is not None
 
 
+def check_start(head: bytes, where: str) -> None:
+    """Raises CheckpointError unless a pickle of the protocols that are read, 2 to 5, can begin with `head`."""
+    if not re.match(b"\x80[\x02-\x05]", head):
+        raise CheckpointError("not a pickle", where=where, expected="protocol 2 or later", found=repr(head[:2]))
+
+
 def loads(
     data: bytes,
     *,
@@ -97,7 +107,8 @@ def loads(
     is an error. `build` gives functions that make values of one's own for calls of the named globals; they must be
     safe on any arguments.
     """
-    check_opcodes(data, where)
+    if check_opcodes(data, where):
+        check_tuples(data, where)
     unpickler = _Unpickler(data, where, persistent, build or {})
     try:
         with no_collection():
@@ -125,6 +136,20 @@ class _Unpickler(pickle.Unpickler):
         self._where = where
         self._persistent = persistent
         self._build = build
+        self._left = len(data)
+
+    def _charged(self, builder: Builder) -> Builder:
+        """The builder, made to fail once it has copied more than the pickle holds: a call takes a few bytes, and what
+        it copies may be the same million, time and again."""
+
+        def make(*args: Any) -> object:
+            made = builder.make(*args)
+            self._left -= len(made)
+            if self._left < 0:
+                raise ValueError("copies of more than the pickle holds")
+            return made
+
+        return Builder(builder.module, builder.name, make)
 
     def find_class(self, module: str, name: str) -> Any:
         module = _PYTHON2.get(module, module)
@@ -133,7 +158,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in self._build:
             return Builder(module, name, self._build[module, name])
         if (module, name) in _PLAIN:
-            return _PLAIN[module, name]
+            found = _PLAIN[module, name]
+            return self._charged(found) if name in _COPIES else found
         if not is_allowed(module, name):
             raise UnsafePickleError(
                 f"a pickle names a global that is not allowed: {module}.{name}",
@@ -212,3 +238,4 @@ _PLAIN: dict[tuple[str, str], Any] = {
     )
 }
 _PLAIN["torch", "Size"] = Size
+_COPIES = ("set", "frozenset", "bytearray", "encode", "OrderedDict")

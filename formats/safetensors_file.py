@@ -7,17 +7,16 @@ passes through here; callers move tensor bytes themselves, at the absolute offse
 from __future__ import annotations
 
 import json
-import operator
 import os
-import pathlib
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Never
 
 from registry.collector import no_collection
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError, TargetError
+from registry.reading import Reader, read_all, reading
 
 Path = str | os.PathLike[str]
 
@@ -52,6 +51,7 @@ _KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the reference implementation's limit; it keeps a hostile length from filling the memory
+_LARGE, _PART = 8 << 20, 1 << 20  # headers above the first are looked over by parts of the second
 _MAX_SIZE = 2**63 - 1
 _AGAIN = "the file is incomplete: download it again"
 _NOT_ONE = "this is no safetensors file, or a Git LFS pointer in the place of one (`git lfs pull` fetches the real one)"
@@ -82,13 +82,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     with no_collection():
         document, integers = _parse(path, raw)
         metadata = _checked_metadata(path, document.pop(_METADATA, None))
-        # Models repeat few shapes. A shape is checked once, unless something in it may equal an integer and be none.
-        seen: dict[Any, tuple[str, tuple[int, ...], int]] | None = {} if integers else None
-        entries = {name: _entry(path, name, value, start, seen) for name, value in document.items()}
+        if integers:
+            entries = _entries(path, document, start)
+        else:
+            entries = {name: _checked_entry(path, name, value, start) for name, value in document.items()}
+        bounds = [start, *[entry.end for entry in entries.values()]]
+        if bounds[-1] == size and bounds[:-1] == [entry.begin for entry in entries.values()]:
+            return entries, metadata  # in the order of their bytes, as the reference implementation writes them
         # The header may list tensors in any order. Sorting by both ends puts empty tensors before the one they touch.
-        ends = [(entry.begin, entry.end) for entry in entries.values()]
-        in_order = all(map(operator.le, ends, ends[1:]))  # as the reference implementation writes them
-        ordered = entries if in_order else dict(sorted(entries.items(), key=lambda item: item[1][2:]))
+        ordered = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     _check_cover(path, ordered, start, size)
     return ordered, metadata
 
@@ -154,19 +156,40 @@ def _write_order(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[tu
 
 def _read_raw(path: Path) -> tuple[bytes, int]:
     """The JSON bytes of the header, and the size of the file."""
-    with pathlib.Path(path).open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with reading(path) as file:
+        size = file.size
         if size < _LENGTH_BYTES:
             expected = f"at least {_LENGTH_BYTES} bytes"
             _refuse(path, "the file is too short", expected=expected, found=f"{size} bytes", hint=_AGAIN)
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        length = int.from_bytes(read_all(file, 0, _LENGTH_BYTES), "little")
         if length > _MAX_HEADER:
             expected, found = f"at most {_MAX_HEADER} bytes", f"{length} bytes"
             _refuse(path, "the header is said to be too long", expected=expected, found=found, hint=_NOT_ONE)
         if length > size - _LENGTH_BYTES:
             expected = f"at least {_LENGTH_BYTES + length} bytes"
             _refuse(path, "the file ends inside its header", expected=expected, found=f"{size} bytes", hint=_AGAIN)
-        return file.read(length), size
+        if length > _LARGE:
+            _check_looks(path, file, length)
+        return read_all(file, _LENGTH_BYTES, _LENGTH_BYTES + length), size
+
+
+def _check_looks(path: Path, file: Reader, length: int) -> None:
+    """Refuse what cannot be the header of many tensors, before it takes memory: a part at a time."""
+    counts = Counter[bytes]()
+    first, end = b"", b""
+    for at in range(0, length, _PART):
+        part = read_all(file, _LENGTH_BYTES + at, _LENGTH_BYTES + min(at + _PART, length))
+        first = first or part[:1]
+        counts.update({mark: part.count(mark) for mark in (b"[", b"{", b",", b'"')})
+        end = part.rstrip()[-1:] or end
+    if (first, end) != (b"{", b"}"):
+        found = f"{first!r} ... {end!r}"
+        _refuse(path, "the header is no JSON object", expected="b'{' ... b'}'", found=found, hint=_NOT_ONE)
+    brackets = counts[b"["] + counts[b"{"]
+    quotes = counts[b'"']
+    if brackets > length // 16 or counts[b","] > length // 8 or quotes < length // 256:
+        found = f"{brackets} lists and objects, {counts[b',']} commas, {quotes} quotes in {length} bytes"
+        _refuse(path, "the header does not look like that of tensors", expected="some 100 bytes a tensor", found=found)
 
 
 def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], bool]:
@@ -190,7 +213,11 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], bool]:
     if raw[:1] != b"{":
         _refuse(path, "the header does not start with '{'", expected="b'{'", found=_show(raw[:16]), hint=_NOT_ONE)
     try:
-        document = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=constant, parse_float=real)
+        text = raw.decode()
+        document = json.loads(text, parse_constant=constant, parse_float=real)
+        # Each key has its colon: where there are no more colons than keys are left, no key was there twice.
+        if text.count(":") != sum(map(len, _objects(document))):
+            json.loads(text, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         _refuse(path, "the header is not UTF-8", found=f"byte {raw[error.start]:#04x} at {error.start} of the header")
     except RecursionError:
@@ -199,6 +226,12 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], bool]:
         _refuse(path, "the header is not JSON", found=_show(str(error)))
     assert isinstance(document, dict)  # it starts with '{'
     return document, not floats and b"true" not in raw and b"false" not in raw
+
+
+def _objects(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects of a header: itself, its entries, and none for what a header has no place for."""
+    yield document
+    yield from (value for value in document.values() if type(value) is dict)
 
 
 def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -213,24 +246,27 @@ def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _entry(
-    path: Path, name: str, value: Any, start: int, seen: dict[Any, tuple[str, tuple[int, ...], int]] | None
-) -> Entry:
-    """The entry `value` of the header, checked by itself; `start` is where the data begins."""
-    if seen is not None and name.isascii():
+def _entries(path: Path, document: dict[str, Any], start: int) -> dict[str, Entry]:
+    """The entries of a header in which all numbers are integers, each checked; `start` is where the data begins.
+
+    Models repeat few shapes, and each is checked once. (A number that is no integer may equal one, and be none.)
+    """
+    seen: dict[Any, tuple[str, tuple[int, ...], int]] = {}
+    entries: dict[str, Entry] = {}
+    for name, value in document.items():
         try:
-            if len(value) != 3:
-                raise KeyError
+            sizes = value["shape"]
             begin, end = value["data_offsets"]
-            dtype, shape, nbytes = seen[value["dtype"], *value["shape"]]
-            if begin >= 0 and end - begin == nbytes and end <= _MAX_SIZE:
-                return Entry(dtype, shape, start + begin, start + end)
+            dtype, shape, nbytes = seen[value["dtype"], *sizes]
+            fits = begin >= 0 and end - begin == nbytes and end <= _MAX_SIZE
+            if fits and len(value) == 3 and type(sizes) is list and name.isascii():
+                entries[name] = Entry(dtype, shape, start + begin, start + end)
+                continue
         except (KeyError, TypeError, ValueError):
             pass
-    entry = _checked_entry(path, name, value, start)
-    if seen is not None:
+        entry = entries[name] = _checked_entry(path, name, value, start)
         seen[value["dtype"], *value["shape"]] = entry.dtype, entry.shape, entry.end - entry.begin
-    return entry
+    return entries
 
 
 def _checked_entry(path: Path, name: str, value: Any, start: int) -> Entry:

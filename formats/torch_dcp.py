@@ -14,16 +14,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from attrs import evolve
 
 from registry.plain import TensorData
+from registry.reading import read_all, reading
 from registry.storage import Laid, ObjectSlot, Opened, Piece, Rank, Request, slot_bytes
 
 from . import documents, megatron_dirs, param_groups, plain
+from .chunks import METADATA, Items, read_pieces
+from .pickle_tree import MAX_DEPTH
 from .pickles import attr
-from .torch_dist import METADATA, Items, Writer, is_plain, read_metadata, read_object, read_pieces
+from .torch_dist import Writer, is_plain, read_metadata, read_object
 
 _Path = tuple[str | int, ...]
 _STATE = re.compile(r"(?:(?P<root>.*?)\.)?state\.(?P<name>.+)\.(?P<kind>\w+)")
@@ -36,6 +39,7 @@ _TWICE = re.compile(r"model\.(?:module\.|_orig_mod\.)?model\.")
 #: The groups of torch's flattened form, by weight.
 _BY_WEIGHT = re.compile(r"(?<![^.])param_groups\.(?P<name>(?!\d+\.\w+$).+)\.(?P<key>\w+)$")
 _STEP = "step"
+_NUMBER = re.compile(r"[0-9]{1,9}")
 #: Bytes of a tensor beside the model's that is read into memory.
 _SMALL = 1 << 26
 
@@ -99,7 +103,7 @@ class Container:
         writer = Writer(inner, "", paths)
         small, copies = documents.carry(request)
         small[METADATA] = writer.metadata
-        return Laid(writer.files, writer.places, small, copies, seal=writer.seal)
+        return Laid(writer.files, writer.places, small, copies, seal=writer.seal, seal_file=writer.seal_file)
 
 
 # Names.
@@ -112,11 +116,13 @@ def _joined(path: _Path) -> str:
 def _paths(told: object, names: list[str]) -> dict[str, _Path]:
     """Where in the dict each name stands; a name of which nothing is told stands at its top."""
     known = told if isinstance(told, dict) else {}
-    paths = {name: known.get(name) for name in names}
-    return {
-        name: path if isinstance(path, tuple) and path and _joined(path) == name else (name,)
-        for name, path in paths.items()
-    }
+    paths: dict[str, object] = {name: known.get(name) for name in names}
+    return {name: path if _is_path(path) and _joined(path) == name else (name,) for name, path in paths.items()}
+
+
+def _is_path(path: object) -> TypeGuard[_Path]:
+    """What torch's planner says of a leaf: the keys that lead to it. (Others could be of any depth, or endless.)"""
+    return isinstance(path, tuple) and 0 < len(path) <= MAX_DEPTH and all(type(key) in (str, int) for key in path)
 
 
 def _state(name: str) -> re.Match[str] | None:
@@ -176,8 +182,8 @@ def _beside(path: Path, items: Items, kept: Mapping[str, _Path], small: list[Pie
             _set(found, at, _data(path, items, tensors[name]))
     if steps := [_data(path, items, piece) for piece in small if piece.name not in kept]:
         own = found.setdefault(_OPTIMIZERS[0], {})
-        if isinstance(own, dict):
-            own.setdefault("state", {})["common_step"] = max(steps, key=param_groups.number)
+        if isinstance(own, dict) and isinstance(state := own.setdefault("state", {}), dict):
+            state["common_step"] = max(steps, key=param_groups.number)
     own = found.get(_OPTIMIZERS[0])
     if isinstance(own, dict) and "param_groups" not in own and (groups := _by_weight(own)):
         found[_OPTIMIZERS[0]] = {"param_groups": groups, "state": own.get("state", {})}
@@ -185,9 +191,8 @@ def _beside(path: Path, items: Items, kept: Mapping[str, _Path], small: list[Pie
 
 
 def _data(path: Path, items: Items, piece: Piece) -> TensorData:
-    with (path / items.files[piece.file]).open("rb") as file:
-        file.seek(piece.begin)
-        return TensorData(piece.dtype, piece.shape, file.read(slot_bytes(piece)))
+    with reading(path / items.files[piece.file]) as file:
+        return TensorData(piece.dtype, piece.shape, read_all(file, piece.begin, piece.begin + slot_bytes(piece)))
 
 
 def _beside_path(path: _Path, is_object: bool, root: str) -> _Path:
@@ -197,7 +202,8 @@ def _beside_path(path: _Path, is_object: bool, root: str) -> _Path:
     if by_weight is not None:
         return (_OPTIMIZERS[0], by_weight[0])
     if len(path) == 1 and is_object:
-        path = tuple(int(part) if part.isdigit() else part for part in str(path[0]).split("."))
+        parts = str(path[0]).split(".", MAX_DEPTH - 1)
+        path = tuple(int(part) if _NUMBER.fullmatch(part) else part for part in parts)
     parent = tuple(root.split(".")[:-1])
     path = path[len(parent) :] if path[: len(parent)] == parent and len(path) > len(parent) else path
     at = next((i for i, part in enumerate(path) if part in _OPTIMIZERS), None)
@@ -246,7 +252,7 @@ def _kept(request: Request, stepped: list[str]) -> dict[str, Any]:
     kept |= {entry.name: value for entry, value in request.payloads.items()}
     parts = param_groups.parts(kept.pop("optimizer", None))
     if request.states and parts:
-        groups = [dict(group) for part in parts for group in param_groups.inner(part).get("param_groups", [])]
+        groups = [group for part in parts for group in param_groups.groups(param_groups.inner(part))]
         count = next((found for part in parts if (found := param_groups.step(part)) is not None), None)
         step = {} if count is None else {_STEP: TensorData("float32", (), struct.pack("<f", count))}
         kept[_OPTIMIZERS[0]] = {"state": {name: step for name in stepped if step}, "param_groups": groups}

@@ -6,7 +6,6 @@ Source: torch/distributed/checkpoint/{metadata,filesystem}.py, megatron/core/dis
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,21 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
-from registry.plain import TensorData
-from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Rank, Request, Slot
+from registry.reading import read_all, reading
+from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Rank, Request, Slot
 
-from . import documents, extra_state, megatron_dirs, plain, torchzip
-from .chunks import unflatten, whole_numbers
-from .pickles import Call, Global, Size, attr, brief, dumps, loads
+from . import dcp_metadata, documents, extra_state, megatron_dirs, plain, torchzip
+from .chunks import AGAIN as _AGAIN
+from .chunks import METADATA, Items, read_pieces, unflatten, whole_numbers
+from .pickles import attr, brief, check_start, loads
 
-METADATA = ".metadata"
 COMMON = "common.pt"
 _COMMON_ITEM = "common_state/shard_0_1"
-_MAX_METADATA = 4 << 30
-_AGAIN = "copy the checkpoint again, or use another iteration"
-_DCP = "torch.distributed.checkpoint.metadata"
+_MAX_METADATA = 1 << 30
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -81,7 +77,7 @@ class Container:
             b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1,'
             b' "common_backend": "torch", "common_backend_version": 1}'
         )
-        return Laid(writer.files, writer.places, small, copies, seal=writer.seal, home=root)
+        return Laid(writer.files, writer.places, small, copies, seal=writer.seal, home=root, seal_file=writer.seal_file)
 
 
 def read_metadata(path: Path) -> tuple[Any, Items]:
@@ -92,28 +88,23 @@ def read_metadata(path: Path) -> tuple[Any, Items]:
             "the metadata is missing", where=where, expected=METADATA, found="only .distcp files",
             hint="it is written last: the save did not end, or a copy left hidden files out",
         )  # fmt: skip
-    if where.stat().st_size > _MAX_METADATA:
-        raise CheckpointError(
-            "metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes",
-            found=f"{where.stat().st_size} bytes", hint=_AGAIN,
-        )  # fmt: skip
-    metadata = loads(where.read_bytes(), where=str(where))
+    with reading(where) as file:
+        if file.size > _MAX_METADATA:
+            raise CheckpointError(
+                "metadata too large", where=where, expected=f"at most {_MAX_METADATA} bytes",
+                found=f"{file.size} bytes", hint=_AGAIN,
+            )  # fmt: skip
+        check_start(read_all(file, 0, 2), str(where))  # a file of holes need not be read
+        data = read_all(file)
+    metadata = loads(data, where=str(where))
     stored = attr(metadata, "storage_data")
     tensors = attr(metadata, "state_dict_metadata")
-    if not isinstance(stored, dict) or not isinstance(tensors, dict):
+    if not isinstance(stored, dict) or not isinstance(tensors, dict) or not set(map(type, tensors)) <= {str}:
         raise CheckpointError(
             "not the metadata of a checkpoint", where=where, expected="dictionaries of tensors and places",
             found=f"{brief(tensors)} and {brief(stored)}", hint=_AGAIN,
         )  # fmt: skip
     return metadata, _items(path, stored)
-
-
-class Items:
-    """Where each item lies: (name, offsets or None) -> (file index, offset, length)."""
-
-    def __init__(self) -> None:
-        self.files: list[str] = []
-        self.where: dict[tuple[str, tuple[int, ...] | None], tuple[int, int, int]] = {}
 
 
 def _items(path: Path, stored: dict[Any, Any]) -> Items:
@@ -135,7 +126,7 @@ def _items(path: Path, stored: dict[Any, Any]) -> Items:
                 "items are stored compressed", where=path / METADATA, expected="items as torch.save writes them",
                 found=name, hint="save without transform descriptors",
             )  # fmt: skip
-        if file not in index:
+        if not isinstance(file, str) or file not in index:
             if not documents.plain_name(file):
                 raise CheckpointError(
                     "the metadata names a file outside its directory", where=path / METADATA,
@@ -158,60 +149,6 @@ def _items(path: Path, stored: dict[Any, Any]) -> Items:
             )  # fmt: skip
         items.where[name, origin] = (index[file], span[0], span[1])
     return items
-
-
-def read_pieces(path: Path, tensors: dict[Any, Any], items: Items) -> tuple[list[Piece], list[str]]:
-    pieces: list[Piece] = []
-    entries: list[str] = []
-    handles: dict[int, int] = {}
-    try:
-        for name, stored in tensors.items():
-            if not isinstance(stored, Call) or stored.func.name != "TensorStorageMetadata":
-                entries.append(str(name))
-                continue
-            size = whole_numbers(attr(stored, "size"))
-            for chunk in attr(stored, "chunks"):
-                origin, shape = whole_numbers(attr(chunk, "offsets")), whole_numbers(attr(chunk, "sizes"))
-                if size is None or origin is None or shape is None or not len(size) == len(origin) == len(shape):
-                    raise CheckpointError(
-                        "bad chunk in the metadata", where=path / METADATA,
-                        expected="a size, offsets and sizes of as many dimensions", found=brief(name), hint=_AGAIN,
-                    )  # fmt: skip
-                pieces.append(_piece(path, str(name), size, origin, shape, items, handles))
-    finally:
-        for handle in handles.values():
-            os.close(handle)
-    return pieces, entries
-
-
-def _piece(
-    path: Path, name: str, size: tuple[int, ...], origin: tuple[int, ...], shape: tuple[int, ...],
-    items: Items, handles: dict[int, int],
-) -> Piece:  # fmt: skip
-    if any(o + n > whole for o, n, whole in zip(origin, shape, size, strict=True)):
-        raise CheckpointError(
-            "a chunk leaves its tensor", where=path / METADATA, expected=f"chunks of {name} within {size}",
-            found=f"{shape} at {origin}", hint=_AGAIN,
-        )  # fmt: skip
-    try:
-        file, offset, length = items.where[name, origin]
-    except KeyError:
-        raise CheckpointError(
-            "the metadata does not say where a chunk lies", where=path / METADATA,
-            expected=f"a file and an offset for {name} at {origin}", found="no such entry", hint=_AGAIN,
-        ) from None  # fmt: skip
-    if file not in handles:
-        if len(handles) > 128:
-            os.close(handles.pop(next(iter(handles))))
-        handles[file] = os.open(path / items.files[file], os.O_RDONLY | os.O_CLOEXEC)
-    ref = torchzip.probe_tensor(handles[file], offset, length, str(path / items.files[file]))
-    if ref.shape != shape:
-        raise CheckpointError(
-            "an item disagrees with the metadata", where=path / items.files[file],
-            expected=f"{name} {shape}", found=ref.shape, hint="the checkpoint mixes files of several saves",
-        )  # fmt: skip
-    strides = None if ref.is_contiguous else ref.stride
-    return Piece(name, ref.dtype, shape, file, ref.offset, None, origin, size, strides)
 
 
 def read_object(path: Path, items: Items, name: str) -> tuple[Any, Path]:
@@ -243,7 +180,9 @@ def _state(path: Path, items: Items) -> dict[str, Any]:
 
 #: What a distributed optimizer keeps beside its flat buffers, of the first model-parallel rank of each chain.
 _KEPT = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.[a-z_]+/shard_[\d._]+")
-_GROUPS = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1")
+_GROUPS = re.compile(
+    r"(?:chained_(\d{1,9})\.)?optimizer\.distributed\.dp_group_idx_0\.(optimizer|grad_scaler)/shard_0_1"
+)
 
 
 def _training(path: Path, items: Items, common: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +212,7 @@ def _module_states(path: Path, items: Items) -> dict[Rank | None, dict[str, dict
     return {None: found}
 
 
-_RANDOM = re.compile(r"rng_state/shard_(\d+)\.(\d+)(?:\.(\d+))?_\d+\.\d+(?:\.\d+)?")
+_RANDOM = re.compile(r"rng_state/shard_(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?_\d+\.\d+(?:\.\d+)?")
 
 
 def _beside(path: Path, items: Items, common: dict[str, Any], rank: Rank | None) -> dict[str, Any]:
@@ -308,6 +247,7 @@ class Writer:
         # (slot or object, file name, offset, length) of every item, and where each slot's item begins
         self.items: list[tuple[Slot | ObjectSlot, str, int, int]] = []
         self.bases = [0] * len(request.slots)
+        self.held: list[Sequence[int]] = []  # the slots of each file
         engine = request.options.get("transformer_impl") == "transformer_engine"
         self.empty = torchzip.whole(torchzip.layout([torchzip.NewTensor("uint8", (0,)) if engine else None]))
         by_rank: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
@@ -340,75 +280,20 @@ class Writer:
             self.places[i], self.bases[i] = (len(self.files), cursor + at), cursor
             self.items.append((self.request.slots[i], name, cursor, skeleton.size))
             cursor += skeleton.size
+        self.held.append(slots)
         self.files.append(FilePlan(path, cursor, literals))
 
     def metadata(self) -> bytes:
         """The `.metadata` file: what torch's FileSystemReader unpickles."""
-        tensors: dict[str, Call] = {}
-        stored: dict[Call, Call] = {}
-        for entry, file, offset, length in self.items:
-            info = _info(file, offset, length)
-            if isinstance(entry, ObjectSlot):
-                origin, whole = (entry.origin, entry.whole) if entry.whole else ((0,), (1,))
-                key = f"{entry.name}/shard_{'.'.join(map(str, origin))}_{'.'.join(map(str, whole))}"
-                value = self.request.payloads.get(entry)
-                if self.paths is not None and isinstance(value, TensorData):
-                    tensors[entry.name] = _tensor_node(value.dtype, value.shape)
-                    tensors[entry.name].state["chunks"].append(_chunk((0,) * len(value.shape), value.shape))
-                    stored[_index(entry.name, Size((0,) * len(value.shape)))] = info
-                    continue
-                key = key if self.paths is None else entry.name
-                tensors[key] = _node("BytesStorageMetadata", {})
-                stored[_index(key, None)] = info
-                continue
-            at = Size(entry.origin if entry.origin is not None else (0,) * len(entry.shape))
-            whole = entry.whole if entry.whole is not None else entry.shape
-            if entry.name not in tensors:
-                tensors[entry.name] = _tensor_node(entry.dtype, whole)
-            tensors[entry.name].state["chunks"].append(_chunk(at, entry.shape))
-            stored[_index(entry.name, at)] = info
-        state = {
-            "state_dict_metadata": tensors, "planner_data": self.paths, "storage_data": stored,
-            "storage_meta": None, "version": "1.0.0",
-        }  # fmt: skip
-        return dumps(_node("Metadata", state), protocol=2)
+        return dcp_metadata.render(self.items, self.request.payloads, self.paths)
 
     def seal(self, crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
         """The CRC32 fields of every item's archive."""
-        patches = []
-        for i, crc in enumerate(crcs):
-            if ITEMSIZE[self.request.slots[i].dtype]:
-                file, base = self.places[i][0], self.bases[i]
-                patches += [(file, base + at, data) for at, data in self.skeletons[i].crc_patches({0: crc})]
-        return patches
+        return [(file, at, data) for file in range(len(self.files)) for at, data in self.seal_file(file, crcs)]
 
-
-def _node(name: str, state: dict[str, Any], module: str = _DCP) -> Call:
-    return Global(module, name).new(state=state)
-
-
-def _tensor_node(dtype: str, size: Sequence[int]) -> Call:
-    return _node("TensorStorageMetadata", {"properties": _properties(dtype), "size": Size(size), "chunks": []})
-
-
-def _chunk(at: Sequence[int], size: Sequence[int]) -> Call:
-    return _node("ChunkStorageMetadata", {"offsets": Size(at), "sizes": Size(size)})
-
-
-def _index(name: str, offset: Size | None) -> Call:
-    return _node("MetadataIndex", {"fqn": name, "offset": offset, "index": None})
-
-
-def _info(file: str, offset: int, length: int) -> Call:
-    return _node(
-        "_StorageInfo",
-        {"relative_path": file, "offset": offset, "length": length},
-        "torch.distributed.checkpoint.filesystem",
-    )
-
-
-def _properties(dtype: str) -> Call:
-    layout = Global("torch.serialization", "_get_layout").call("torch.strided")
-    memory = Global(_DCP, "_MEM_FORMAT_ENCODING").call(0)
-    state = (Global("torch", dtype), layout, False, memory, False)
-    return Global(_DCP, "TensorProperties").new(state=state)
+    def seal_file(self, file: int, crcs: Sequence[int]) -> list[tuple[int, bytes]]:
+        """Those of one file."""
+        return [
+            (self.bases[i] + at, data)
+            for i in self.held[file] for at, data in self.skeletons[i].crc_patches({0: crcs[i]})
+        ]  # fmt: skip

@@ -19,6 +19,7 @@ from attrs import frozen
 from registry.crc import combine
 from registry.errors import CheckpointError
 from registry.parallel import Parallel
+from registry.reading import each
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request, Row, slot_bytes
 
 from . import documents, extra_state, megatron_dirs, param_groups, plain, torchzip
@@ -27,7 +28,8 @@ from .pickles import Global, brief
 FILE = "model_optim_rng.pt"
 FLAT = "distrib_optim.pt"
 _AGAIN = "copy the checkpoint again, or use another iteration"
-_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
+_DIRECTORY = re.compile(r"mp_rank_(\d{2,9})(?:_(\d{3,9}))?(?:_(\d{3,9}))?")
+_MODEL = re.compile(r"model(\d{0,9})")
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -47,7 +49,7 @@ class Container:
         found = {
             m: p for p in sorted(path.glob("mp_rank_*")) if (m := _DIRECTORY.fullmatch(p.name)) and (p / FILE).is_file()
         }
-        states = {p: _load(p / FILE) for p in found.values()}
+        states = dict(zip(found.values(), each(_load, [p / FILE for p in found.values()], path), strict=True))
         first = next(iter(states.values()))
         arguments = megatron_dirs.arguments(first)
         parallel = megatron_dirs.parallel(arguments)
@@ -114,7 +116,10 @@ class Container:
         def seal(crcs: Sequence[int]) -> list[tuple[int, int, bytes]]:
             return [(file, at, data) for file, own in enumerate(seals) for at, data in own(crcs)]
 
-        return Laid(files, places, small, copies, seal=seal, home=root)
+        def seal_file(file: int, crcs: Sequence[int]) -> list[tuple[int, bytes]]:
+            return list(seals[file](crcs))
+
+        return Laid(files, places, small, copies, seal=seal, home=root, seal_file=seal_file)
 
 
 @frozen(eq=False)
@@ -202,7 +207,7 @@ def _beside(files: Mapping[Rank, Path], rank: Rank | None) -> dict[str, Any]:
     """What a rank's file holds beside its model; the first rank's, for what all share."""
     rank = rank if rank in files else None
     path = files[rank or min(files)]
-    state = {key: value for key, value in _load(path).items() if not re.fullmatch(r"model\d*", str(key))}
+    state = {key: value for key, value in _load(path).items() if not _MODEL.fullmatch(str(key))}
     state["optimizer"] = param_groups.without_tensors(state.get("optimizer"))
     found: dict[str, Any] = plain.plain(state, path)
     if rank is None:
@@ -297,19 +302,27 @@ def _listed(entry: Any, file: int, rank: Rank, groups: dict[tuple[Rank, int], li
     for chain, part in enumerate(found):
         own = param_groups.inner(part)
         begin = f"chained_{chain}." if len(found) > 1 else ""
-        groups[rank, chain] = [dict(group) for group in own.get("param_groups", []) if isinstance(group, dict)]
-        masters = next((part[key] for key in ("fp32_from_fp16_params", "fp32_from_fp16") if key in part), ())
-        state = own.get("state") or {}
+        groups[rank, chain] = param_groups.groups(own)
+        masters = next((part[key] for key in ("fp32_from_fp16_params", "fp32_from_fp16") if key in part), None)
+        state = own.get("state")
         for g, group in enumerate(groups[rank, chain]):
-            lists: dict[str, Any] = {"fp32": masters[g] if g < len(masters) else ()}
-            entries = [state.get(index) for index in group.get("params", [])]
-            lists |= {kind: [(one or {}).get(kind) for one in entries] for kind in ("exp_avg", "exp_avg_sq")}
+            lists = {"fp32": _list(_list(masters)[g]) if g < len(_list(masters)) else []}
+            entries = [
+                state.get(index) if isinstance(state, dict) and type(index) in (int, str) else None
+                for index in _list(group.get("params"))
+            ]
+            for kind in ("exp_avg", "exp_avg_sq"):
+                lists[kind] = [one.get(kind) if isinstance(one, dict) else None for one in entries]
             for kind, tensors in lists.items():
                 for place, value in enumerate(tensors):
                     if isinstance(value, torchzip.TensorRef):
                         strides = None if value.is_contiguous else value.stride
                         name = f"{begin}optimizer.group_{g}.param_{place}.{kind}"
                         yield Piece(name, value.dtype, value.shape, file, value.offset, rank, strides=strides)
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _rows(head: str, rows: object, file: int, rank: Rank) -> list[Piece]:
@@ -325,7 +338,7 @@ def _module_states(paths: Mapping[Rank, Path]) -> dict[Rank | None, dict[str, di
     found: dict[Rank | None, dict[str, dict[str, list[float]]]] = defaultdict(dict)
     for rank, path in paths.items():
         for key, model in _load(path).items():
-            match = re.fullmatch(r"model(\d*)", str(key))
+            match = _MODEL.fullmatch(str(key))
             if match is None or not isinstance(model, dict):
                 continue
             own = found[rank._replace(vpp=int(match[1] or 0))]
@@ -340,7 +353,7 @@ def _read_model(
     path: Path, state: Mapping[str, Any], file: int, rank: Rank, pieces: list[Piece], entries: list[str]
 ) -> None:
     chunks = {
-        int(match[1] or 0): model for key, model in state.items() if (match := re.fullmatch(r"model(\d*)", str(key)))
+        int(match[1] or 0): model for key, model in state.items() if (match := _MODEL.fullmatch(str(key)))
     }
     if not chunks:
         raise CheckpointError(

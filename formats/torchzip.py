@@ -17,8 +17,10 @@ import attrs
 
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError
+from registry.reading import Reader
 
 from . import pickles
+from .pickle_nodes import MAX_DIMS
 from .torchzip_write import STORAGES, NewTensor, Skeleton, layout, tensor_item, whole
 from .zips import LOCAL, Member, Source, open_source, read_directory
 
@@ -39,7 +41,8 @@ _DTYPES = {name: dtype for dtype, name in STORAGES.items()}
 _MAX_PICKLE = 1 << 30
 _MAX_BYTES = 1 << 62
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that files before torch 1.6 start with
-_HEAD = 2048
+#: Bytes in which the head of an archive of one tensor is.
+HEAD = 2048
 
 
 @attrs.frozen(getstate_setstate=False)
@@ -123,13 +126,14 @@ class Archive:
     pickle: bytes
 
     def load(self) -> Any:
-        """The object graph: plain data, inert nodes and `TensorRef`s."""
+        """The object graph: plain data, inert nodes and `TensorRef`s; a tree, which may be walked by recursion."""
         graph = _Graph(self.members, self.where)
-        return pickles.loads(self.pickle, where=self.where, persistent=graph.storage, build=graph.build)
+        found = pickles.loads(self.pickle, where=self.where, persistent=graph.storage, build=graph.build)
+        return pickles.check_tree(found, self.where)
 
 
-def read(file: int | str | os.PathLike[str], *, base: int = 0, length: int | None = None, where: str) -> Archive:
-    """Opens the archive in `file` (a path or a descriptor), or in `length` bytes of it from `base` on.
+def read(file: Reader | str | os.PathLike[str], *, base: int = 0, length: int | None = None, where: str) -> Archive:
+    """Opens the archive in `file` (a path or a reader), or in `length` bytes of it from `base` on.
 
     `where` names the file in errors. Raises CheckpointError on anything that torch.save would not have written.
     """
@@ -147,7 +151,10 @@ def read(file: int | str | os.PathLike[str], *, base: int = 0, length: int | Non
         order = inside.get("byteorder")
         if order and (text := _content(source, order, 16, "byteorder")) != b"little":
             source.corrupt("an archive that is not little-endian", "little", text)
-        data = _content(source, inside["data.pkl"], _MAX_PICKLE, "data.pkl")
+        pickled = inside["data.pkl"]
+        if HEAD < pickled.size <= _MAX_PICKLE:  # a stretch of holes need not be read
+            pickles.check_start(source.read(pickled.offset - base, 2, "data.pkl"), where)
+        data = _content(source, pickled, _MAX_PICKLE, "data.pkl")
     return Archive(where, prefix.removesuffix("/"), inside, data)
 
 
@@ -221,7 +228,9 @@ class _Graph:
         unit = 1 if storage.kind == "UntypedStorage" else ITEMSIZE.get(_DTYPES.get(storage.kind, ""), 1)
         return self._ref(name, unit, storage, offset, shape, stride)
 
-    def parameter(self, data: Any, *_: Any) -> Any:
+    def parameter(self, data: Any, *_: Any) -> TensorRef | pickles.Call:
+        if not isinstance(data, TensorRef | pickles.Call):
+            raise self._bad("a parameter that is no tensor", found=pickles.brief(data))
         return data
 
     def subclass(self, func: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -237,7 +246,8 @@ class _Graph:
 
     def _ref(self, dtype: str, unit: int, storage: _Storage, offset: Any, shape: Any, stride: Any) -> TensorRef:
         numbers = (offset, *shape, *stride) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
-        if not all(type(n) is int and 0 <= n < _MAX_BYTES for n in numbers) or len(shape) != len(stride):
+        sane = all(type(n) is int and 0 <= n < _MAX_BYTES for n in numbers) and len(numbers) <= 1 + 2 * MAX_DIMS
+        if not sane or len(shape) != len(stride):
             found = f"offset {pickles.brief(offset)}, shape {pickles.brief(shape)}, stride {pickles.brief(stride)}"
             raise self._bad("a tensor with an impossible shape", found=found)
         member, itemsize = storage.member, ITEMSIZE[dtype]
@@ -256,18 +266,18 @@ class _Graph:
 # One tensor an item: the quick path of .distcp files
 
 
-def probe_tensor(fd: int, base: int, length: int, where: str) -> TensorRef:
+def probe_tensor(file: Reader, base: int, length: int, where: str) -> TensorRef:
     """The tensor in an archive that holds a single one, by one short read at its head where the layout is torch's own.
 
     A file of 100,000 items has few different heads, so that each is parsed once; anything unusual goes the long way.
     """
-    if length >= 0 and 0 <= base <= os.fstat(fd).st_size - length:
-        head = os.pread(fd, min(_HEAD, length), base)
+    if length >= 0 and 0 <= base <= file.size - length:
+        head = file.pread(min(HEAD, length), base)
         name = head.find(b"/data/0FB")
         end = name + 11 + int.from_bytes(head[name + 9 : name + 11], "little")
         if 0 < name < end <= len(head) and (ref := _parse_head(head[:end])) and end + ref.data_size <= length - 22:
             return TensorRef(ref.dtype, ref.shape, ref.stride, ref.storage_offset, "0", base + end, ref.data_size)
-    found = read(fd, base=base, length=length, where=where).load()
+    found = read(file, base=base, length=length, where=where).load()
     if not isinstance(found, TensorRef):
         raise CheckpointError("an item is not a tensor", where=where, found=pickles.brief(found))
     return found

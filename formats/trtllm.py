@@ -13,6 +13,7 @@ from typing import Any
 
 from registry.errors import CheckpointError, ParallelError
 from registry.parallel import Parallel
+from registry.reading import each
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request
 
 from . import documents
@@ -52,10 +53,9 @@ class Container:
                 "bad mapping", where=path / CONFIG, expected=f"{error.problem}: {error.expected}", found=error.found,
                 hint="correct the config, or get it again",
             ) from None  # fmt: skip
-        pieces, files = [], []
-        for i in range(tp * pp):
-            files.append(path / f"rank{i}.safetensors")
-            entries, _ = read_header(files[-1])
+        files = [path / f"rank{i}.safetensors" for i in range(tp * pp)]
+        pieces = []
+        for i, (entries, _) in enumerate(each(read_header, files, path)):
             rank = Rank(tp=i % tp, pp=i // tp)
             pieces += [Piece(name, e.dtype, e.shape, i, e.begin, rank) for name, e in entries.items()]
         opened = Opened(path, spec_name, files, pieces, config, parallel=parallel)

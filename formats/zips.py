@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 from registry.errors import CheckpointError
+from registry.reading import Reader, open_reader
 
 _EOCD = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
@@ -21,6 +22,7 @@ _EOCD64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_DIRECTORY = 1 << 30  # bytes; 100,000 members take 10 MB
+_BATCH = 4096
 _AGAIN = "get the file again; it is incomplete or was changed after it was written"
 
 
@@ -34,8 +36,8 @@ class Member(NamedTuple):
 class Source:
     """A stretch of an open file, read by offsets relative to its start."""
 
-    def __init__(self, fd: int, base: int, length: int, where: str) -> None:
-        self.fd = fd
+    def __init__(self, reader: Reader, base: int, length: int, where: str) -> None:
+        self.reader = reader
         self.base = base
         self.length = length
         self.where = where
@@ -47,9 +49,11 @@ class Source:
         parts = []
         while size:
             try:
-                part = os.pread(self.fd, min(size, 1 << 30), self.base + offset)
+                part = self.reader.pread(size, self.base + offset)
             except OSError as error:
-                raise CheckpointError(f"cannot read {what}", where=self.where, found=error.strerror) from error
+                raise CheckpointError(
+                    f"cannot read {what}", where=self.where, found=error.strerror or error
+                ) from error
             if not part:
                 self.corrupt(f"the file ends within {what}", f"{size} more bytes at {offset}", "the end of the file")
             parts.append(part)
@@ -57,28 +61,40 @@ class Source:
             size -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def want(self, spans: Sequence[tuple[int, int]]) -> None:
+        """These (offset, size) are read next."""
+        try:
+            self.reader.want([(self.base + offset, size) for offset, size in spans])
+        except OSError as error:
+            raise CheckpointError(
+                "a file cannot be read", where=self.where, found=error.strerror or error
+            ) from error
+
     def corrupt(self, problem: str, expected: object = None, found: object = None) -> NoReturn:
         raise CheckpointError(problem, where=self.where, expected=expected, found=found, hint=_AGAIN)
 
 
 @contextmanager
-def open_source(file: int | str | os.PathLike[str], base: int, length: int | None, where: str) -> Iterator[Source]:
-    """The stretch of `file` (a path or an open descriptor) from `base` on; `length` None: to its end."""
+def open_source(
+    file: Reader | str | os.PathLike[str], base: int, length: int | None, where: str
+) -> Iterator[Source]:
+    """The stretch of `file` (a path or a reader) from `base` on; `length` None: to its end."""
+    given = not isinstance(file, str | os.PathLike)
     try:
-        fd = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        reader = open_reader(file) if isinstance(file, str | os.PathLike) else file
     except OSError as error:
-        raise CheckpointError("a file cannot be opened", where=where, found=error.strerror) from error
+        raise CheckpointError("a file cannot be opened", where=where, found=error.strerror or error) from error
     try:
-        size = os.fstat(fd).st_size
+        size = reader.size
         if base < 0 or (length is not None and length < 0) or base + (length or 0) > size:
             found = f"{length} bytes at {base}"
             raise CheckpointError(
                 "an item lies outside its file", where=where, expected=f"within {size} bytes", found=found
             )
-        yield Source(fd, base, size - base if length is None else length, where)
+        yield Source(reader, base, size - base if length is None else length, where)
     finally:
-        if not isinstance(file, int):
-            os.close(fd)
+        if not given:
+            reader.close()
 
 
 def read_directory(source: Source) -> dict[str, Member]:
@@ -89,9 +105,7 @@ def read_directory(source: Source) -> dict[str, Member]:
     data = source.read(start, size, "the zip directory")
     members: dict[str, Member] = {}
     spans: list[tuple[int, int, str]] = []
-    at = 0
-    for _ in range(count):
-        name, header, length, at = _entry(source, data, at)
+    for name, header, length in _entries(source, data, count):
         if name in members:
             source.corrupt("two zip members have the same name", found=name)
         offset = _data_offset(source, name, header)
@@ -105,6 +119,18 @@ def read_directory(source: Source) -> dict[str, Member]:
         if begin < end:
             source.corrupt("two zip members overlap", found=f"{name} and {other}")
     return {name: members[name] for _, _, name in spans}
+
+
+def _entries(source: Source, data: bytes, count: int) -> Iterator[tuple[str, int, int]]:
+    """Name, local header offset and size of every entry; headers are asked for many at a time."""
+    at = 0
+    for first in range(0, count, _BATCH):
+        batch = []
+        for _ in range(min(_BATCH, count - first)):
+            name, header, length, at = _entry(source, data, at)
+            batch.append((name, header, length))
+        source.want([(header, LOCAL.size + len(name.encode())) for name, header, _ in batch])
+        yield from batch
 
 
 def _find_directory(source: Source) -> tuple[int, int, int]:

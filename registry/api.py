@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from registry import catalog
+from registry.engines import ENGINES
 from registry.parallel import Parallel
 from registry.rules import known_dtype, known_format
 from registry.storage import Rank
@@ -36,6 +37,7 @@ _some_threads = rule("threads is at least 1", lambda threads: threads is None or
     _some_path,
     _some_threads,
     rule("target is not empty", lambda target: os.fspath(target) != ""),
+    rule(f"engine is one of {', '.join(ENGINES)}", lambda engine: engine in ENGINES),
 )
 def convert(
     source: PathLike,
@@ -52,6 +54,7 @@ def convert(
     threads: int | None = None,
     durable: bool = True,
     progress: Progress | None = None,
+    engine: str = "local",
 ) -> Report:
     """Convert the checkpoint at `source` into format `to` at `target`, a directory. One pass, constant memory.
 
@@ -65,6 +68,8 @@ def convert(
     overwrite: replace a target that is not empty.
     durable: sync every file to the disk before the target appears under its name.
     progress: called with (bytes done, bytes in all).
+    engine: who does the work: "local", this process; "ray", the workers of a Ray cluster, which see the same file
+    system; "torchrun", all ranks that torchrun has started, each of which calls this. See docs/scale.md.
 
     Raises CheckpointError, DetectionError or MappingError for the source, TargetError for the target, ArgumentError and
     ParallelError for the arguments; all are RegistryError. What was at `target` before stays, or is replaced whole.
@@ -74,6 +79,7 @@ def convert(
     return run(
         source, target, to=to, parallel=parallel, dtype=dtype, config=config, architecture=architecture,
         options=options, ranks=ranks, overwrite=overwrite, threads=threads, durable=durable, progress=progress,
+        engine=engine,
     )  # fmt: skip
 
 
@@ -142,11 +148,11 @@ def verify(
     The result is true where all is well, and lists every difference where it is not. Raises CheckpointError for one
     checkpoint alone that has no manifest.
     """
-    from registry.source import local_path
+    from registry.places import place
     from registry.verification import alone
     from registry.verification import verify as run
 
-    return alone(local_path(a)) if b is None else run(a, b, config=config, architecture=architecture)
+    return alone(place(a)) if b is None else run(a, b, config=config, architecture=architecture)
 
 
 @checked(_some_path)

@@ -31,6 +31,8 @@ RUN = 32 << 10
 #: A stretch of the source is read whole where no more than this times what is wanted, and no more than so many bytes.
 DENSE = 1.5
 SCRATCH = 8 << 20
+#: Of a remote file, runs are read one by one, and the rest in stretches, from so many bytes on.
+STRETCH = (1 << 20) - 1
 _BLOCK = 256
 
 _UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -44,13 +46,50 @@ def array(buffer: Any, itemsize: int, size: Sequence[int], stride: Sequence[int]
 def mapped(
     sources: SourceFiles, file: int, itemsize: int, size: Sequence[int], stride: Sequence[int], offset: int
 ) -> np.ndarray:
-    """A strided view of a mapped source file. Raises CheckpointError where it leaves the file."""
+    """A strided view of a mapped source file. Raises CheckpointError where it leaves the file.
+
+    What cannot be mapped, because it lies at a URL, is read in stretches: a new array.
+    """
+    if sources.is_remote(file):
+        found = np.empty(size, _UINT[itemsize])
+        _gather(sources, file, found, stride, offset)
+        return found
     try:
         return array(sources.mapped(file), itemsize, size, stride, offset)
     except (ValueError, TypeError):
         raise CheckpointError(
             "a tensor lies outside its file", where=sources.path(file), found=f"offset {offset}"
         ) from None
+
+
+def _gather(sources: SourceFiles, file: int, into: np.ndarray, stride: Sequence[int], offset: int) -> None:
+    """Fill `into` from a strided box, halved until a half lies densely, or so near that one request is quicker."""
+    size, item = into.shape, into.itemsize
+    extent = _extent(size, stride) * item
+    if not into.size:
+        return
+    if extent <= max(min(DENSE * into.nbytes, SCRATCH), STRETCH):
+        scratch = sources.scratch("stretch", extent)
+        sources.read_into(file, offset, scratch)
+        into[...] = array(scratch, item, size, stride, 0)
+        return
+    axis = max(range(len(size)), key=lambda axis: (size[axis] - 1) * stride[axis])
+    half = size[axis] // 2
+    low, high = (slice(None),) * axis + (slice(half),), (slice(None),) * axis + (slice(half, None),)
+    _gather(sources, file, into[low], stride, offset)
+    _gather(sources, file, into[high], stride, offset + half * stride[axis] * item)
+
+
+def rows_of(
+    sources: SourceFiles, file: int, itemsize: int, rows: np.ndarray, columns: int, stride: int, offset: int
+) -> np.ndarray:
+    """`columns` elements of each of these rows of a source file, which lie `stride` elements apart: a copy."""
+    if not sources.is_remote(file):
+        return np.asarray(mapped(sources, file, itemsize, (int(rows[-1]) + 1, columns), (stride, 1), offset)[rows])
+    found = np.empty((len(rows), columns), _UINT[itemsize])
+    for i, row in enumerate(rows.tolist()):
+        _gather(sources, file, found[i], (1,), offset + row * stride * itemsize)
+    return found
 
 
 def box(
@@ -195,7 +234,8 @@ class Assembler:
     def _box(self, op: Op, size: tuple[int, ...], buffer: memoryview, to: int, of: int) -> None:
         kind, copies = op.kind, op.kind.copies
         unit = copies.source_stride[-1:] in ((), (1,)) and copies.target_stride[-1:] in ((), (1,))
-        if kind.plain and unit and size[-1] * kind.width >= RUN:
+        least = STRETCH if self.sources.is_remote(op.file) else RUN
+        if kind.plain and unit and size[-1] * kind.width >= least:
             run = size[-1] * kind.width
             for there, here in _places(size[:-1], copies.source_stride, copies.target_stride):
                 at = to + here * kind.width

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from registry.commit import check_space, failed, locked, remove, sync_directory, write_small
+from registry.commit import check_space, failed, locked, make_directory, remove, sync_names, write_small
 from registry.errors import ArgumentError, TargetError
 from registry.manifest import own_name
 from registry.planning import Plan
@@ -55,7 +55,7 @@ def beside(target: Path, laid: Laid, everyone: Laid, *, durable: bool, overwrite
     small = {name: small_bytes(content) for name, content in laid.small.items()}
     known = {*(file.path for file in everyone.files), *small, *laid.copies}
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        make_directory(target, durable)
         with locked(target / f".{own[0]}.lock", target):
             remove(stage)
             _check(target, own, known, small, overwrite)
@@ -68,15 +68,20 @@ def beside(target: Path, laid: Laid, everyone: Laid, *, durable: bool, overwrite
                 sums = [own_name(name) for name in own]
                 for name in sums:  # while a file is exchanged, none says what it was
                     (target / name).unlink(missing_ok=True)
-                for name in [*own, *sums, *laid.copies, *small]:
-                    (target / name).parent.mkdir(parents=True, exist_ok=True)
-                    (stage / name).replace(target / name)
-                for place in {(target / name).parent for name in known} if durable else ():
-                    sync_directory(place)
+                for names in ([*own, *sums, *laid.copies], list(small)):  # the shared ones only when the others stay
+                    _appear(stage, target, names, durable)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise failed(target, error, stage) from error
+
+
+def _appear(stage: Path, target: Path, names: Sequence[str], durable: bool) -> None:
+    for name in names:
+        make_directory((target / name).parent, durable)
+        (stage / name).replace(target / name)
+    for place in {(target / name).parent for name in names} if durable else ():
+        sync_names(place)
 
 
 def _check(target: Path, own: Sequence[str], known: set[str], small: Mapping[str, bytes], overwrite: bool) -> None:

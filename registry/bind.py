@@ -226,13 +226,18 @@ class _Reader:
         }
         shards = sorted(layout.sharded_over() - {"pp"})
         kinds: dict[_Alike, tuple[list[int], list[tuple[int, ...]]]] = {}
+        pieces, last = self.opened.pieces, None
         for rank, _, values, indices in found:
-            at = tuple(self.at(rank, dim) for dim in shards) if rank is not None else ()
+            at = tuple([self.at(rank, dim) for dim in shards]) if rank is not None else ()
             for i in indices:
-                alike, lone = _alike(self.opened.pieces[i], single, at)
-                members, index = kinds.setdefault(alike, ([], []))
+                piece = pieces[i]
+                same = (piece.shape, piece.dtype, piece.strides, piece.whole, piece.origin, piece.stretch, at)
+                if same != last or piece.origin is not None:  # most are as the one before them
+                    last = same
+                    alike, lone = _alike(piece, single, at)
+                    members, index = kinds.setdefault(alike, ([], []))
                 members.append(i)
-                index.append((*values, *lone))
+                index.append((*values, *lone) if lone else values)
         named = [n.axis for n in named_axes(spelling.pattern)]
         own = {a for t in rule.parsed.tensors if t in kind.present for a in self.model.tensors[self.model.home(t)]}
         for alike, (members, index) in kinds.items():

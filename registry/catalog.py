@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
+from registry.documents import read_bytes
 from registry.errors import SpecError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _containers: dict[str, Container] = {}
 _codecs: dict[str, Codec] = {
     "minus_exp": Codec("minus_exp", lambda x: -x.float().exp(), lambda x: (-x.float()).log(), lossy=True)
 }
+_BUILT_IN = frozenset(_codecs)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -67,10 +69,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
-    if path.stat().st_size > MAX_SPEC_BYTES:
-        raise SpecError("spec file too large", where=path, expected=f"at most {MAX_SPEC_BYTES} bytes")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, MAX_SPEC_BYTES).decode("utf-8")
         _check_events(yaml.parse(text, Loader=base))
         data = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
@@ -314,3 +314,24 @@ def codec(name: str) -> Codec:
             f"unknown codec {name!r}", expected="one of " + (", ".join(sorted(_codecs)) or "none registered")
         )
     return _codecs[name]
+
+
+@frozen
+class Added:
+    """What was registered in a process, for `add` in another one."""
+
+    specs: Mapping[tuple[str, str], ArchitectureSpec | FormatSpec]
+    containers: Mapping[str, Container]
+    codecs: Mapping[str, Codec]
+
+
+def added() -> Added:
+    """What this process knows beyond what is installed."""
+    return Added(dict(_registered), dict(_containers), {n: c for n, c in _codecs.items() if n not in _BUILT_IN})
+
+
+def add(them: Added) -> None:
+    """Know the same as the process that `them` are from."""
+    _registered.update(them.specs)
+    _containers.update(them.containers)
+    _codecs.update(them.codecs)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from registry import catalog
 from registry.changes import check_unchanged
 from registry.dtypes import ITEMSIZE, dtype_name, torch_dtype
 from registry.errors import MappingError
-from registry.execute import assembler, check_replicas
+from registry.execute import assembler, check_replicas, default_threads
 from registry.files import SourceFiles
 from registry.parallel import Parallel
 from registry.prepare import fitted, merged_options, prepare_target
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     import torch
 
     from registry.boxes import Fragment
+
+
+#: Bytes of tensors that a stream holds before they are asked for; at least one tensor.
+_AHEAD = 256 << 20
+#: Bytes of one request to a URL.
+_STRETCH = 4 << 20
 
 
 class View(Mapping[str, "torch.Tensor"]):
@@ -42,7 +50,7 @@ class View(Mapping[str, "torch.Tensor"]):
         self.format, self.parallel = to, layout
         self._source, self._slots, self._plan = source, target.slots, plan
         self._by_name: dict[str, list[int]] = {}
-        self._sources = SourceFiles(source.opened.files)
+        self._sources = SourceFiles(source.opened.files, source.opened.stamps)
         self._assembler = assembler(plan, source.opened, self._sources, target.slots)
         wanted = rank or Rank()
         for i, slot in enumerate(target.slots):
@@ -77,13 +85,31 @@ class View(Mapping[str, "torch.Tensor"]):
             if not size:
                 continue
             if slot.shape == shape:
-                self._assembler.fill(buffer, i, 0, 0, nbytes)
+                self._fill(buffer, i)
                 continue
             part = torch.zeros(size, dtype=torch.uint8)
-            self._assembler.fill(memoryview(part.numpy()), i, 0, 0, size)  # type: ignore[arg-type]
+            self._fill(memoryview(part.numpy()), i)  # type: ignore[arg-type]
             box = tuple(slice(o, o + n) for o, n in zip(slot.origin or (), slot.shape, strict=True))
             whole.view(torch_dtype(dtype)).view(shape)[box] = part.view(torch_dtype(dtype)).view(slot.shape)
         return whole.view(torch_dtype(dtype)).view(shape)
+
+    @property
+    def threads(self) -> int:
+        """How many threads are worth it where the checkpoint lies."""
+        return default_threads(self._sources.remote)
+
+    def _fill(self, buffer: memoryview, slot: int) -> None:
+        """The bytes of one slot; from a URL a stretch a request, many of them under way."""
+        if not self._sources.remote or len(buffer) <= _STRETCH:
+            self._assembler.fill(buffer, slot, 0, 0, len(buffer))
+            return
+
+        def stretch(at: int) -> None:
+            end = min(at + _STRETCH, len(buffer))
+            self._assembler.fill(buffer[at:end], slot, 0, at, end)
+
+        with ThreadPoolExecutor(min(self.threads, -(-len(buffer) // _STRETCH))) as pool:
+            list(pool.map(stretch, range(0, len(buffer), _STRETCH)))
 
     def check_replicas(self) -> None:
         """Compare what the source holds several times. Raises MappingError where copies differ."""
@@ -167,12 +193,27 @@ class Checkpoint:
 
 def stream(source: Source, to: str, parallel: Parallel | None, rank: Rank | None, dtype: str | None,
            options: Mapping[str, Any] | None) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
-    """(name, tensor) of every tensor in the terms of format `to`, read one after the other."""
+    """(name, tensor) of every tensor in the terms of format `to`, in order; the next ones are read meanwhile."""
     view = View(source, to, parallel, rank, dtype, options)
     view.check_replicas()
-    for name in view:
-        yield name, view[name]
-    check_unchanged(source.opened)
+    pool = ThreadPoolExecutor(view.threads)
+    ahead: deque[tuple[str, Future[torch.Tensor], int]] = deque()
+    held = 0
+    try:
+        for name in view:
+            size = math.prod(view.shape(name)) * ITEMSIZE[view.dtype(name)]
+            while ahead and held + size > _AHEAD:
+                first, reading, freed = ahead.popleft()
+                held -= freed
+                yield first, reading.result()
+            ahead.append((name, pool.submit(view.__getitem__, name), size))
+            held += size
+        while ahead:
+            first, reading, _ = ahead.popleft()
+            yield first, reading.result()
+        check_unchanged(source.opened)
+    finally:  # also where nobody wants the rest
+        pool.shutdown(cancel_futures=True)
 
 
 def stored_names(source: Source, tensor: str, index: Mapping[str, int]) -> list[str]:

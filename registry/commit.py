@@ -12,10 +12,11 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from registry.errors import CheckpointError, RegistryError, TargetError
+from registry.places import is_remote
 from registry.storage import Small, small_bytes
 
 _RENAME_EXCHANGE = 2
@@ -28,6 +29,8 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Refuse a target that is the source, inside it, around it, a mount point, or not empty. Raises TargetError."""
     try:
         a, b = (Path(os.path.realpath(path)) for path in (source, target))
+        if is_remote(source):  # which overlaps with nothing here, whatever its name looks like
+            a = Path()
         if a == b or a in b.parents or b in a.parents:
             raise TargetError(
                 "source and target overlap", where=target, expected="two directories, neither inside the other",
@@ -38,12 +41,8 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
                 "the target is no directory", where=target, expected="a directory, or nothing yet", found="a file",
                 hint="name a directory",
             )  # fmt: skip
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise TargetError(
-                "the target is not empty", where=target, expected="an empty directory, or nothing yet",
-                found=", ".join(sorted(path.name for path in target.iterdir())[:8]),
-                hint="choose another, or give overwrite=True (--overwrite)",
-            )  # fmt: skip
+        if not overwrite:
+            _check_empty(target)
         if target.is_mount():
             raise TargetError(
                 "the target is a mount point, which cannot be replaced as a whole", where=target,
@@ -54,6 +53,14 @@ def check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise failed(target, error) from error
 
 
+def _check_empty(target: Path) -> None:
+    if target.is_dir() and (names := sorted(path.name for path in target.iterdir())):
+        raise TargetError(
+            "the target is not empty", where=target, expected="an empty directory, or nothing yet",
+            found=", ".join(names[:8]), hint="choose another, or give overwrite=True (--overwrite)",
+        )  # fmt: skip
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -61,6 +68,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path, durable: bool) -> None:
+    """Make a directory and those above it that are missing; all of their names are made durable."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing if durable else ():
+        sync_directory(each.parent)
 
 
 def check_space(parent: Path, needed: int) -> None:
@@ -81,12 +96,14 @@ def staged(target: Path, *, needed: int, durable: bool, overwrite: bool = True) 
     parent = target.parent
     stage, aside = parent / f".{target.name}.partial", parent / f".{target.name}.partial.old"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_directory(parent, durable)
         with locked(parent / f".{target.name}.lock", target):
             if aside.exists() and not target.exists():  # a run died between the two steps of `_exchange`
                 aside.rename(target)
             remove(aside)
             remove(stage)
+            if not overwrite:
+                _check_empty(target)  # another run may have been faster
             check_space(parent, needed)
             stage.mkdir()
             try:
@@ -102,7 +119,7 @@ def failed(target: Path, error: OSError | ValueError, stage: Path | None = None)
     name = getattr(error, "filename", None)
     found = getattr(error, "strerror", None) or str(error)
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else target
-    ours = stage is None or path == target or path in stage.parents or path.is_relative_to(stage)
+    ours = stage is None or path in stage.parents or path.is_relative_to(stage) or path.is_relative_to(target)
     if not (ours or path.name.startswith(f".{target.name}.")):
         return CheckpointError(
             "a file cannot be read", where=path, expected="to read it", found=found,
@@ -125,14 +142,23 @@ def locked(path: Path, target: Path) -> Iterator[None]:
         try:
             _flock(fd, target)
             # Whoever held it before us may have removed the file after we opened it.
-            if path.exists() and path.stat().st_ino == os.fstat(fd).st_ino:
+            if _is_at(path, fd):
                 try:
                     yield
                 finally:
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):  # a file that stays is in nobody's way, and is the next run's lock file
+                        path.unlink()
                 return
         finally:
-            os.close(fd)
+            with suppress(OSError):  # closed and unlocked all the same, and nothing was written
+                os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _flock(fd: int, target: Path) -> None:
@@ -164,7 +190,19 @@ def _install(stage: Path, target: Path, durable: bool, overwrite: bool) -> None:
     else:
         stage.replace(target)
     if durable:
-        sync_directory(target.parent)
+        sync_names(target.parent)
+
+
+def sync_names(directory: Path) -> None:
+    """Make the names that new files have just got durable. Raises TargetError: a failed sync is a failed write."""
+    try:
+        sync_directory(directory)
+    except OSError as error:
+        raise TargetError(
+            "what is new is in place, but may be gone after a power failure", where=directory,
+            expected="to sync the directory", found=error.strerror or error,
+            hint="check the disk; verify what is there, or write it again",
+        ) from error  # fmt: skip
 
 
 def _exchange(stage: Path, target: Path) -> None:
@@ -199,7 +237,11 @@ def write_small(root: Path, small: Mapping[str, Small], copies: Mapping[str, Pat
     for name, path in copies.items():
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        if is_remote(path):
+            with path.open("rb") as file, target.open("wb") as new:
+                shutil.copyfileobj(file, new, 1 << 20)
+        else:
+            shutil.copyfile(path, target)
         total += target.stat().st_size
         if durable:
             fd = os.open(target, os.O_RDONLY)

@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, evolve, field, frozen
 
-from registry import catalog, manifest
+from registry import catalog, engines, manifest
 from registry.beside import beside, check_ranks, own_part
 from registry.changes import check_unchanged
 from registry.collector import no_collection
 from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
-from registry.execute import Progress, default_threads, execute
+from registry.engines.work import Order, Work, made, together, writing
+from registry.errors import ArgumentError
+from registry.execute import Progress
 from registry.losses import Loss, Watch
 from registry.parallel import Parallel
+from registry.places import PathLike, is_remote, place
 from registry.planning import Copies, Plan
 from registry.prepare import Prepared, lay_out, prepare, wants_states
-from registry.source import PathLike, load, local_path
+from registry.remote import RemotePath
+from registry.source import load
 from registry.storage import Laid, small_bytes
 
 if TYPE_CHECKING:
@@ -112,6 +116,7 @@ def convert(
     threads: int | None = None,
     durable: bool = True,
     progress: Progress | None = None,
+    engine: str = "local",
 ) -> Report:
     """Convert the checkpoint at `source` into format `to` at `target`, a directory.
 
@@ -120,45 +125,96 @@ def convert(
     are the target format's own. A target that is not empty is refused unless `overwrite`. `durable=False` leaves out
     the syncing of files to the disk. `progress(done, total)` is called with bytes. With `ranks`, only the files of
     these ranks are written, beside those that other runs of the same export write (see `registry.beside`).
+    `engine` says whose processes do the work (see `registry.engines`).
 
     Raises RegistryError: CheckpointError and MappingError for the source, TargetError for the target, ArgumentError and
     ParallelError for the arguments. Whatever happens, what was at `target` before stays or is replaced as a whole.
     """
     start = time.perf_counter()
-    goal = local_path(target)
-    check_target(local_path(source), goal, overwrite or ranks is not None)
+    goal = place(target)
     if ranks is not None:
         check_ranks(catalog.format_spec(to), ranks)
+        if engine != "local":
+            raise ArgumentError(
+                "ranks= is for machines that do not know of each other", found=f"engine {engine}",
+                hint="leave ranks out: the engine deals out all files",
+            )  # fmt: skip
     cast = None if dtype is None else dtype_name(dtype)
-    with no_collection():
-        loaded = load(source, config=config, architecture=architecture, states=wants_states(to, options))
-        prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
-        laid, notes = lay_out(prepared, options, cast)
-    everyone = laid
-    if ranks is not None:
-        own = own_part(prepared.plan, prepared.target.slots, laid, ranks)
-        prepared = evolve(prepared, plan=own.plan, target=evolve(prepared.target, slots=own.slots))
-        laid = own.laid
-    needed = sum(file.size for file in laid.files)
-    if prepared.quantized is not None:
-        prepared.quantized.check(threads or default_threads())
-    watch = Watch()
-    with ExitStack() as stack:
-        if ranks is None:
-            stage = stack.enter_context(staged(goal, needed=needed, durable=durable, overwrite=overwrite))
-            write_small(stage, laid.small, laid.copies, durable=durable)
-        else:
-            stage = stack.enter_context(beside(goal, laid, everyone, durable=durable, overwrite=overwrite))
-        crcs = execute(
-            prepared.plan, prepared.source.opened, laid, prepared.target.slots, stage,
-            threads=threads, progress=progress, durable=durable, watch=watch,
-        )  # fmt: skip
-        check_unchanged(prepared.source.opened)
-        sums = manifest.data_sums(stage, laid, prepared.target.slots, prepared.plan, crcs)
-        manifest.write(stage, laid, sums, durable=durable, apart=ranks is not None)
-    files = len(laid.files) + len(laid.small) + len(laid.copies)
-    report = _report(prepared, notes, goal, files, needed, time.perf_counter() - start)
+    order = Order(place(source), to, parallel, cast, config, architecture, options)
+    if is_remote(goal):
+        work, watch = _uploaded(order, goal, ranks, engine, overwrite=overwrite, threads=threads, progress=progress)
+    else:
+        work, watch = _written(order, goal, ranks, engine, overwrite, threads, durable, progress)
+    files = len(work.laid.files) + len(work.laid.small) + len(work.laid.copies)
+    report = _report(work.prepared, work.notes, goal, files, work.nbytes, time.perf_counter() - start)
     return evolve(report, losses={**watch.losses(), **report.losses})
+
+
+def _uploaded(
+    order: Order, goal: RemotePath, ranks: Sequence[int] | None, engine: str, *,
+    overwrite: bool, threads: int | None, progress: Progress | None,
+) -> tuple[Work, Watch]:  # fmt: skip
+    """Carry out a conversion to a URL."""
+    from registry import upload
+
+    if engine != "local" or ranks is not None:
+        raise ArgumentError(
+            "to a URL one process writes everything", where=goal, expected="engine local, and no ranks",
+            found=f"engine {engine}" if ranks is None else f"ranks {list(ranks)}",
+            hint="leave engine and ranks out, or write to a file system that all machines share",
+        )  # fmt: skip
+    upload.check_target(order.source, goal, overwrite)
+    work = made(order)
+    work.check(threads)
+    return work, upload.upload(work, goal, overwrite=overwrite, threads=threads, progress=progress)
+
+
+def _written(
+    order: Order, goal: Path, ranks: Sequence[int] | None, engine: str,
+    overwrite: bool, threads: int | None, durable: bool, progress: Progress | None,
+) -> tuple[Work, Watch]:  # fmt: skip
+    """Carry out a conversion to a directory."""
+    with engines.crew(engine, order, threads) as crew:
+
+        def ready() -> tuple[Work, Laid]:
+            check_target(order.source, goal, overwrite or ranks is not None)
+            work = made(order)
+            whole = work.laid
+            work = work if ranks is None else _of_ranks(work, ranks)
+            crew.check(work)
+            return work, whole
+
+        work, everyone = crew.every(ready)
+        with ExitStack() as stack:
+
+            def begin() -> str:
+                how = {"durable": durable, "overwrite": overwrite}
+                if ranks is not None:
+                    return str(stack.enter_context(beside(goal, work.laid, everyone, **how)))
+                stage = stack.enter_context(staged(goal, needed=work.nbytes, **how))
+                with writing(stage):
+                    write_small(stage, work.laid.small, work.laid.copies, durable=durable)
+                return str(stage)
+
+            stage = Path(crew.lead(begin))
+            sums, watch = together(work, crew.carry_out(work, stage, durable, progress))
+
+            def end() -> str:
+                check_unchanged(work.prepared.source.opened)
+                with writing(stage):
+                    manifest.write(stage, work.laid, sums, durable=durable, apart=ranks is not None)
+                stack.close()
+                return ""
+
+            crew.lead(end)
+    return work, watch
+
+
+def _of_ranks(work: Work, ranks: Sequence[int]) -> Work:
+    """What fills the files of some ranks."""
+    own = own_part(work.prepared.plan, work.prepared.target.slots, work.laid, ranks)
+    target = evolve(work.prepared.target, slots=own.slots)
+    return evolve(work, prepared=evolve(work.prepared, plan=own.plan, target=target), laid=own.laid)
 
 
 @frozen(eq=False, slots=False)

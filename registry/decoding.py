@@ -7,7 +7,8 @@ parts. Nothing downstream of `decode` knows of encodings.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,12 +16,13 @@ import numpy as np
 from attrs import frozen
 
 from registry import catalog
-from registry.assemble import array, mapped
+from registry.assemble import array, rows_of
 from registry.computed import Computed
 from registry.dtypes import ITEMSIZE, torch_dtype
 from registry.encoding import TENSOR, ConfigEdit, Decoder, Encoding, Ints, Part, Unfit, encoding_codec, rounded
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
+from registry.places import is_path
 from registry.problems import collapse
 from registry.specs import FormatSpec
 from registry.storage import Opened, Piece, Rank
@@ -64,41 +66,42 @@ def _decode(
     opened: Opened, name: str, encoding: Encoding, spec: FormatSpec, hub: Mapping[str, Any] | None
 ) -> bool:  # fmt: skip
     """Decode the tensors of one encoding, if there are any."""
-    if not any(piece.dtype in encoding.tensor.dtype for piece in opened.pieces):
+    if {piece.dtype for piece in opened.pieces}.isdisjoint(encoding.tensor.dtype):
         return False
     document = hub or opened.document
-    found = _found(opened.pieces, encoding)
-    whole = {key: held for key, held in found.items() if len(held) == len(encoding.stored)}
-    if not whole and all(_get(document, path) is None for path in encoding.config.remove):
+    found, whole = _found(opened.pieces, encoding)
+    if not whole[TENSOR] and all(_get(document, path) is None for path in encoding.config.remove):
         return False
-    others = {i for other in spec.encodings.values() if other is not encoding for i in _whole(opened.pieces, other)}
-    broken = {k: h for k, h in found.items() if k not in whole and not others.intersection(h.values())}
-    if not whole and not broken:
+    broken = _broken(opened, found, whole, [other for other in spec.encodings.values() if other is not encoding])
+    if not whole[TENSOR] and not broken:
         return False
     problems = _incomplete(opened, encoding, broken)
     parameters = {
         key: entry.default if (value := _get(document, entry.field)) is None else value
         for key, entry in encoding.parameters.items()
     }
+    pieces, files = opened.pieces, [file if is_path(file) else file.path for file in opened.files]
     decoded: dict[int, Decoded] = {}
-    for held in whole.values():
-        parts = {part: opened.pieces[i] for part, i in held.items()}
+    made: dict[object, Decoder] = {}  # models repeat few shapes
+    for held in zip(*whole.values(), strict=True):
+        parts = {part: pieces[i] for part, i in zip(whole, held, strict=True)}
+        kind = tuple([(piece.dtype, piece.shape, piece.origin, piece.strides) for piece in parts.values()])
         try:
-            decoder = _decoder(encoding, parts, parameters)
+            decoder = made.get(kind)
+            if decoder is None:
+                decoder = made[kind] = _decoder(encoding, parts, parameters)
         except Unfit as error:
             piece = parts.get(error.what, parts[TENSOR])
             what = f"{error.what} of an encoded tensor" if error.what in parts else error.what
             problems.append(_Problem(piece, f"{name}: {what} does not fit", error.expected, error.found))
         else:
-            decoded[held[TENSOR]] = Decoded(_path(opened, parts[TENSOR]), encoding.dtype, decoder, parts)
+            decoded[held[0]] = Decoded(files[parts[TENSOR].file], encoding.dtype, decoder, parts)
     if problems:
         raise _error(opened, name, problems)
     beside = {i for pattern in encoding.beside for i, piece in enumerate(opened.pieces) if _like(piece.name, pattern)}
-    opened.state["ranges"] = opened.state.get("ranges", {}) | {
-        opened.pieces[i].name: opened.pieces[i]
-        for i in (*beside, *(i for held in whole.values() for part, i in held.items() if part != TENSOR))
-    }
-    _replace(opened, decoded, {i for held in whole.values() for i in held.values()} | beside)
+    scales = chain(beside, *[held for part, held in whole.items() if part != TENSOR])
+    opened.state["ranges"] = opened.state.get("ranges", {}) | {pieces[i].name: pieces[i] for i in scales}
+    _replace(opened, decoded, beside.union(*whole.values()))
     opened.notes.append(f"decoded {len(decoded)} tensors from {name} to {encoding.dtype}")
     return bool(decoded)
 
@@ -108,26 +111,55 @@ def _like(name: str, pattern: str) -> bool:
     return name.startswith(head) and name.endswith(tail)
 
 
+#: (rank, what the names of its parts share): an encoded tensor.
+_Key = tuple[Rank | None, str]
+
+
+def _found(
+    pieces: Sequence[Piece], encoding: Encoding
+) -> tuple[dict[str, dict[_Key, int]], dict[str, list[int]]]:  # fmt: skip
+    """Of each part the pieces that there are, and in a row those of the tensors that have all of their parts."""
+    found: dict[str, dict[_Key, int]] = {}
+    for part, pattern in encoding.stored.items():
+        # What has another type is not that tensor; a part of another type has the tensor to go by.
+        types = frozenset(pattern.dtype) if part == TENSOR else None
+        head, _, tail = pattern.name.partition("*")
+        begin, shared = len(head), len(head) + len(tail)
+        held = found[part] = {}
+        for i, piece in enumerate(pieces):  # no call of ours for each: there are 100,000 of them
+            name = piece.name
+            fits = name.endswith(tail) and (types is None or piece.dtype in types)
+            if fits and len(name) > shared and name.startswith(head):
+                held[piece.rank, name[begin : len(name) - len(tail)]] = i
+    common = set(found[TENSOR]).intersection(*found.values())
+    whole = [key for key in found[TENSOR] if key in common]
+    return found, {part: [held[key] for key in whole] for part, held in found.items()}
+
+
+def _broken(
+    opened: Opened, found: Mapping[str, Mapping[_Key, int]], whole: Mapping[str, Sequence[int]],
+    others: Iterable[Encoding],
+) -> dict[_Key, dict[str, int]]:  # fmt: skip
+    """The parts that there are of tensors that lack others, but for those of tensors in other encodings."""
+    used = {part: set(held) for part, held in whole.items()}
+    broken: dict[_Key, dict[str, int]] = defaultdict(dict)
+    for part, held in found.items():
+        if len(held) > len(used[part]):
+            for key, i in held.items():
+                if i not in used[part]:
+                    broken[key][part] = i
+    if broken:
+        taken = {i for other in others for i in _whole(opened.pieces, other)}
+        return {key: held for key, held in broken.items() if not taken.intersection(held.values())}
+    return {}
+
+
 def _whole(pieces: Sequence[Piece], encoding: Encoding) -> Iterator[int]:
     """The pieces that are parts of an encoding's tensors, each with a type that the part may have."""
-    for held in _found(pieces, encoding).values():
-        if len(held) == len(encoding.stored) and all(
-            pieces[i].dtype in encoding.stored[part].dtype for part, i in held.items()
-        ):
-            yield from held.values()
-
-
-def _found(pieces: Sequence[Piece], encoding: Encoding) -> dict[tuple[Rank | None, str], dict[str, int]]:
-    """(rank, what the names of its parts share) -> the parts that there are of an encoded tensor."""
-    found: dict[tuple[Rank | None, str], dict[str, int]] = defaultdict(dict)
-    for part, pattern in encoding.stored.items():
-        for i, piece in enumerate(pieces):
-            # What has another type is not that tensor; a part of another type has the tensor to go by.
-            if part != TENSOR or piece.dtype in pattern.dtype:
-                stem = pattern.stem(piece.name)
-                if stem is not None:
-                    found[piece.rank, stem][part] = i
-    return found
+    types = [part.dtype for part in encoding.stored.values()]
+    for held in zip(*_found(pieces, encoding)[1].values(), strict=True):
+        if all(pieces[i].dtype in allowed for i, allowed in zip(held, types, strict=True)):
+            yield from held
 
 
 def _decoder(encoding: Encoding, parts: Mapping[str, Piece], parameters: Mapping[str, Any]) -> Decoder:
@@ -192,7 +224,7 @@ def _error(opened: Opened, name: str, problems: Sequence[_Problem]) -> Checkpoin
 
 def _path(opened: Opened, piece: Piece) -> Path:
     file = opened.files[piece.file]
-    return file if isinstance(file, Path) else file.path
+    return file if is_path(file) else file.path
 
 
 # The config of a decoded model.
@@ -271,5 +303,5 @@ class _Reader:
             if span != len(rows) or not np.array_equal(rows, np.arange(first, first + span)):
                 raw = raw[rows - first]
         else:
-            raw = mapped(self.files, piece.file, item, (span, columns), (width, 1), at)[rows - first]
+            raw = rows_of(self.files, piece.file, item, rows - first, columns, width, at)
         return torch.from_numpy(raw).view(torch_dtype(piece.dtype))

@@ -59,12 +59,6 @@ class Stored(Model):
         description="the types that it may have"
     )
 
-    def stem(self, name: str) -> str | None:
-        """What the * stands for in a name, or None where the name is another one."""
-        head, tail = self.name.split("*")
-        fits = len(name) > len(head) + len(tail) and name.startswith(head) and name.endswith(tail)
-        return name[len(head) : len(name) - len(tail)] if fits else None
-
     def named(self, stem: str) -> str:
         """The name with the * filled in."""
         return self.name.replace("*", stem)
@@ -139,7 +133,8 @@ class Decoder(Protocol):
         """
 
 
-#: Makes a decoder: made(parts, dtype, **parameters), as `register_encoding_codec` says. Raises Unfit.
+#: Makes a decoder: made(parts, dtype, **parameters), as `register_encoding_codec` says. Raises Unfit. One decoder may
+#: serve all tensors whose parts have the same types and shapes, in several threads.
 Codec = Callable[..., Decoder]
 
 _codecs: dict[str, Codec] = {}
@@ -152,6 +147,11 @@ def register_encoding_codec(name: str, made: Codec) -> None:
     and "tensor", to their types and shapes; `dtype` and `parameters` are the encoding's.
     """
     _codecs[name] = made
+
+
+def encoding_codecs() -> dict[str, Codec]:
+    """All of them, by name."""
+    return dict(_codecs)
 
 
 def encoding_codec(name: str) -> Codec:

@@ -7,7 +7,26 @@ collected and raised together, so that a user mends them in one go.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from registry.redaction import redacted
+
+#: Characters of one part of a message. What a hostile file calls things may be longer, and may talk to a terminal.
+_LONGEST = 2000
+#: Details that a message shows.
+_MOST = 100
+
+
+def _shown(text: str, longest: int = _LONGEST) -> str:
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def _without_secrets(value: object) -> object:
+    return redacted(value) if isinstance(value, str) else value
 
 
 class RegistryError(Exception):
@@ -29,20 +48,24 @@ class RegistryError(Exception):
         hint: str | None = None,
         details: Sequence[str] = (),
     ) -> None:
-        self.problem = problem
-        self.where = where
-        self.expected = expected
-        self.found = found
+        self.problem = redacted(problem)
+        self.where, self.expected, self.found = map(_without_secrets, (where, expected, found))
         self.hint = hint or self.advice
-        self.details = tuple(details)
+        self.details = tuple(map(redacted, details))
         super().__init__(self._text())
 
+    def __setstate__(self, state: dict[str, Any] | None) -> None:
+        super().__setstate__(state)
+        self.args = (self._text(),)  # unpickling has made one of the text alone, which then says what to do twice
+
     def _text(self) -> str:
-        lines = [self.problem]
+        lines = [_shown(self.problem)]
         for label, value in (("where", self.where), ("expected", self.expected), ("found", self.found)):
             if value is not None:
-                lines.append(f"  {label}: {value}")
-        lines += [f"  - {detail}" for detail in self.details]
+                lines.append(f"  {label}: {_shown(redacted(str(value)))}")
+        lines += [f"  - {_shown(detail, _LONGEST // 4)}" for detail in self.details[:_MOST]]
+        if len(self.details) > _MOST:
+            lines.append(f"  - and {len(self.details) - _MOST} more")
         if self.hint:
             lines.append(f"  to do: {self.hint}")
         return "\n".join(lines)

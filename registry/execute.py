@@ -231,7 +231,7 @@ def execute(
     where the target cannot be written.
     """
     places = _places(laid, np.fromiter(map(slot_bytes, slots), np.int64, len(slots)))
-    with SourceFiles(opened.files) as sources:
+    with SourceFiles(opened.files, opened.stamps) as sources:
         check_replicas(plan, opened, sources)
         filler = assembler(plan, opened, sources, slots, watch)
         jobs = list(_jobs(places))
@@ -242,7 +242,7 @@ def execute(
             with TargetFiles(root, laid.files, durable=durable) as targets:
                 run = _Run(filler, targets, laid, places, queue, progress, total, starts)
                 _write_outer_literals(laid, jobs, targets)
-                _run_all(run, threads or default_threads())
+                _run_all(run, threads or default_threads(sources.remote))
                 crcs = [combine((crc, size) for _, crc, size in sorted(run.sums.get(i, []))) for i in range(len(slots))]
                 for file, offset, data in laid.seal(crcs) if laid.seal else ():
                     targets.write(file, offset, memoryview(data))
@@ -256,9 +256,9 @@ def execute(
     return crcs
 
 
-def default_threads() -> int:
-    """How many threads do the work where the caller names no number."""
-    return min(8, os.cpu_count() or 1)
+def default_threads(remote: bool = False) -> int:
+    """How many threads do the work where the caller names no number; at a URL they are there to wait."""
+    return 16 if remote else min(8, os.cpu_count() or 1)
 
 
 def _write_outer_literals(laid: Laid, jobs: Sequence[Job], targets: TargetFiles) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from registry.errors import MappingError
 from registry.groups import Group
 from registry.model import LogicalModel
 from registry.parallel import Parallel
+from registry.places import is_path
 from registry.prepare import fitted, merged_options, prepare_target
 from registry.source import Source
 from registry.storage import Opened, Piece, Rank, Slot
@@ -148,7 +148,7 @@ class _Side:
         file = begin = None
         if self.opened is not None and isinstance(entry, Piece):
             path = self.opened.files[entry.file]
-            if isinstance(path, Path):
+            if is_path(path):
                 file, begin = os.path.relpath(path, self.opened.path), entry.begin
         coding = group.coding
         said = [f"{name} {value}" for name, value in coding._asdict().items() if value not in (None, 1.0, 0.0)]

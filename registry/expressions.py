@@ -19,6 +19,7 @@ from typing import Any
 
 from attrs import frozen
 
+from registry.documents import parse_json
 from registry.errors import SpecError
 
 MAX_LENGTH = 500
@@ -61,7 +62,7 @@ def _indices(items: Sequence[Any] | None, value: Any) -> list[int] | None:
 
 
 def _from_json(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
+    return None if text is None else parse_json(text.encode())
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -123,7 +124,7 @@ class Expression:
         """Evaluate. Raises SpecError, which quotes the expression."""
         try:
             return _evaluate(self.tree, env)
-        except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
             known = ", ".join(f"{name}={env.get(name)!r}" for name in sorted(self.names))
             raise SpecError(f"cannot evaluate {self.text!r}: {error}", found=known) from error
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,11 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from registry.blocks import Blocks
+from registry.changes import Stamp, stamp_of
 from registry.errors import CheckpointError
+from registry.places import is_path, is_remote
+from registry.remote import RemotePath
 from registry.storage import FilePlan
 
 #: Open descriptors at a time; a checkpoint may have thousands of files.
@@ -45,11 +49,19 @@ class Virtual(Protocol):
 
 
 class SourceFiles:
-    """The files of an opened checkpoint, opened when first read and closed when many others were since."""
+    """The files of an opened checkpoint, opened when first read and closed when many others were since.
 
-    def __init__(self, files: Sequence[Path | Virtual]) -> None:
-        self._paths = [file if isinstance(file, Path) else file.path for file in files]
-        self._virtual = {i: file for i, file in enumerate(files) if not isinstance(file, Path)}
+    `stamps` are what they were when the checkpoint was opened: another checkpoint may have come in its place since.
+    """
+
+    def __init__(self, files: Sequence[Path | Virtual], stamps: Mapping[Path, Stamp] | None = None) -> None:
+        self._stamps = stamps or {}
+        self._paths = [file if is_path(file) else file.path for file in files]
+        self._virtual = {i: file for i, file in enumerate(files) if not is_path(file)}
+        self._remote = {i: path for i, path in enumerate(self._paths) if is_remote(path) and i not in self._virtual}
+        self._sizes: dict[int, int] = {}
+        self._looks = {file: threading.Lock() for file in self._remote}
+        self._blocks = Blocks()
         self._open: dict[int, _Source] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -59,6 +71,11 @@ class SourceFiles:
 
     def __exit__(self, *_: object) -> None:
         self._open.clear()
+
+    @property
+    def remote(self) -> bool:
+        """Does any of them lie at a URL? Then threads are there to wait, not to work."""
+        return bool(self._remote)
 
     def path(self, file: int) -> Path:
         """Where a file is, for messages."""
@@ -72,23 +89,54 @@ class SourceFiles:
             if file not in self._open:
                 if len(self._open) >= _LIMIT:
                     del self._open[next(iter(self._open))]  # closed when its last reader lets go of it
-                self._open[file] = _Source(self._paths[file])
+                source = _Source(self._paths[file])
+                self._check(source.path, source.stamp())
+                self._open[file] = source
             return self._open[file]
+
+    def _check(self, path: Path, now: Stamp) -> None:
+        if self._stamps.get(path, now) != now:
+            raise CheckpointError(
+                "the source changed while it was read", where=path, found="another file in its place",
+                expected="the file that was there when the checkpoint was opened",
+                hint="open the checkpoint again, when its writer is done",
+            )  # fmt: skip
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. Raises CheckpointError where the file ends early or cannot be read."""
         if file in self._virtual:
             self._virtual[file].read_into(self, offset, buffer)
             return
+        if file in self._remote:
+            self._fetch_into(file, self._remote[file], offset, buffer)
+            return
         source = self._get(file)
         while len(buffer):
             try:
                 n = os.preadv(source.fd, [buffer], offset)
             except OSError as error:
-                raise CheckpointError("a file cannot be read", where=self._paths[file], found=error.strerror) from error
+                raise _unreadable(self._paths[file], error) from error
             if n == 0:
                 raise self._short(file, f"{len(buffer)} more bytes from offset {offset}")
             buffer, offset = buffer[n:], offset + n
+
+    def _fetch_into(self, file: int, path: RemotePath, offset: int, buffer: memoryview) -> None:
+        try:
+            with self._looks[file]:
+                if file not in self._sizes:
+                    now = path.stamp_now()
+                    self._check(path, now)
+                    self._sizes[file] = now[0]
+            if offset + len(buffer) > self._sizes[file]:
+                raise self._short(file, f"{offset + len(buffer)} bytes")
+            if len(buffer):
+                self._blocks.read_into(path, self._sizes[file], offset, buffer)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+    def is_remote(self, file: int) -> bool:
+        """Does the file lie at a URL? It cannot be mapped then, and every read takes a while."""
+        return file in self._remote
 
     def virtual(self, file: int) -> Virtual | None:
         """The file, if it is on no disk; it cannot be mapped then."""
@@ -104,11 +152,11 @@ class SourceFiles:
 
     def mapped(self, file: int) -> mmap.mmap:
         """The whole file, mapped for reading. Raises CheckpointError where it has become shorter since."""
-        assert file not in self._virtual
+        assert file not in self._virtual and file not in self._remote
         source = self._get(file)
         mapped = source.map()
         # What lies beyond the end of a file that shrank is a fatal signal to touch.
-        if os.fstat(source.fd).st_size < len(mapped):
+        if source.stamp()[0] < len(mapped):
             raise self._short(file, f"{len(mapped)} bytes")
         return mapped
 
@@ -120,19 +168,45 @@ class SourceFiles:
 
 
 class _Source:
+    """An open file. Its calls raise CheckpointError."""
+
+    fd = -1
+
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(path, error) from error
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
 
     def map(self) -> mmap.mmap:
         with self._lock:
             if self._map is None:
-                self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+                try:
+                    self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+                except OSError as error:
+                    raise _unreadable(self.path, error) from error
             return self._map
 
+    def stamp(self) -> Stamp:
+        """Its size, time and inode, as they are now."""
+        try:
+            return stamp_of(os.fstat(self.fd))
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "a file cannot be read", where=path, expected="to read it", found=error.strerror or str(error),
+        hint="check its permissions, its disk, and that nothing changes it meanwhile; the target is untouched",
+    )  # fmt: skip
 
 
 def _start_writeback() -> ctypes._NamedFuncPointer | None:

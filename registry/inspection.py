@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from attrs import asdict, frozen
 
 from registry.decoding import stored
 from registry.dtypes import ITEMSIZE
+from registry.places import is_path
 from registry.source import Source
 from registry.storage import slot_bytes
 
@@ -75,7 +75,7 @@ def inspection(source: Source) -> Inspection:
         dtypes=dict(types),
         nbytes=sum(slot_bytes(piece) for piece in on_disk),
         tensors=len({(piece.rank, piece.name) for piece in on_disk}),
-        files=sum(isinstance(file, Path) for file in opened.files),
+        files=sum(is_path(file) for file in opened.files),
         parallel=str(opened.parallel or "one rank"),
         iteration=opened.iteration,
         facts=model.facts,

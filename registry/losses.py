@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
@@ -50,10 +51,19 @@ class Watch:
         wide = before.to(torch.float64 if before.dtype == torch.float64 else torch.float32)
         off = after - wide if after.dtype == wide.dtype else after.to(wide.dtype).sub_(wide)
         lost, largest = _largest(off), _largest(wide)
-        key = tensor, f"{values.source_dtype} to {values.target_dtype}"
+        self.add({(tensor, f"{values.source_dtype} to {values.target_dtype}"): (lost, largest)})
+
+    def found(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """(tensor, step) -> the most that a value lost, and the largest value; for `add` in another process."""
         with self._lock:
-            known = self._found.get(key, (0.0, 0.0))
-            self._found[key] = max(known[0], lost), max(known[1], largest)
+            return dict(self._found)
+
+    def add(self, found: Mapping[tuple[str, str], tuple[float, float]]) -> None:
+        """Take in what another watch has found."""
+        with self._lock:
+            for key, (lost, largest) in found.items():
+                known = self._found.get(key, (0.0, 0.0))
+                self._found[key] = max(known[0], lost), max(known[1], largest)
 
     def losses(self) -> dict[str, Loss]:
         """What was lost, by logical tensor; those that lost nothing are left out."""

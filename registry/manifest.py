@@ -8,9 +8,9 @@ seal against somebody who changes a checkpoint on purpose, for he can write the 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ from registry.commit import write_file
 from registry.crc import combine, crc32
 from registry.errors import CheckpointError
 from registry.planning import Plan
+from registry.reading import Reader, reading
 from registry.storage import Laid, Slot, slot_bytes
 
 #: Hidden, so that no program takes it for a part of the model, and `side_files` do not carry it on.
@@ -87,6 +88,21 @@ class Checked:
 
 def data_sums(root: Path, laid: Laid, slots: Sequence[Slot], plan: Plan, crcs: Sequence[int]) -> Sums:
     """The sums of data files just written below `root`, from those of their tensors. Only what lies between is read."""
+    sums: Sums = {}
+    for planned, tensors in zip(laid.files, tensor_sums(laid, slots, plan, crcs), strict=True):
+        parts = []
+        with reading(root / planned.path) as opened:
+            for begin, end, tensor in _stretches(planned.size, tensors):
+                crc = int(tensor.crc32, 16) if tensor else _crc(opened, begin, end)
+                parts.append((crc, end - begin))
+        sums[planned.path] = FileSum(size=planned.size, crc32=f"{combine(parts):08x}", tensors=tuple(tensors))
+    return sums
+
+
+def tensor_sums(
+    laid: Laid, slots: Sequence[Slot], plan: Plan, crcs: Sequence[int]
+) -> list[list[TensorSum]]:
+    """The sums of what each data file holds, in order."""
     holds: dict[int, dict[str, None]] = {}
     for copies in plan.copies:
         for slot in np.unique(copies.target).tolist():
@@ -100,25 +116,15 @@ def data_sums(root: Path, laid: Laid, slots: Sequence[Slot], plan: Plan, crcs: S
                 name=name, begin=begin, nbytes=slot_bytes(slot), crc32=f"{crcs[i]:08x}", holds=held
             )
         )
-    sums: Sums = {}
-    for file, planned in enumerate(laid.files):
-        tensors = sorted(by_file.get(file, []), key=lambda tensor: tensor.begin)
-        parts = []
-        with (root / planned.path).open("rb") as opened:
-            for begin, end, tensor in _stretches(planned.size, tensors):
-                crc = int(tensor.crc32, 16) if tensor else _crc(opened.fileno(), begin, end)
-                parts.append((crc, end - begin))
-        sums[planned.path] = FileSum(size=planned.size, crc32=f"{combine(parts):08x}", tensors=tuple(tensors))
-    return sums
+    return [sorted(by_file.get(file, []), key=lambda tensor: tensor.begin) for file in range(len(laid.files))]
 
 
 def _file_sums(root: Path, names: Iterable[str]) -> Sums:
     """The sums of whole files below `root`."""
     sums: Sums = {}
     for name in names:
-        with (root / name).open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            sums[name] = FileSum(size=size, crc32=f"{_crc(opened.fileno(), 0, size):08x}")
+        with reading(root / name) as opened:
+            sums[name] = FileSum(size=opened.size, crc32=f"{_crc(opened, 0, opened.size):08x}")
     return sums
 
 
@@ -131,11 +137,11 @@ def write(root: Path, laid: Laid, data: Sums, *, durable: bool, apart: bool = Fa
     small = [name for name in (*laid.small, *laid.copies) if name.startswith(home)]
     sums = {name.removeprefix(home): found for name, found in {**_file_sums(root, small), **data}.items()}
     if not apart:
-        write_file(root / home / NAME, _text(sums), durable)
+        write_file(root / home / NAME, text(sums), durable)
         return
     for name in data:
         own = {name: sums[name]} | {other: sums[other] for other in small}
-        write_file(root / own_name(name), _text(own), durable)
+        write_file(root / own_name(name), text(own), durable)
 
 
 def own_name(file: str) -> str:
@@ -143,7 +149,8 @@ def own_name(file: str) -> str:
     return f"{NAME.removesuffix('.json')}.{file}.json"
 
 
-def _text(sums: Mapping[str, FileSum]) -> bytes:
+def text(sums: Mapping[str, FileSum]) -> bytes:
+    """The manifest of these files."""
     manifest = {"version": 1, "files": {name: _plain(found) for name, found in sorted(sums.items())}}
     body = json.dumps(manifest, separators=(",", ":")).encode()
     return _HEAD % crc32(body) + body + b"}\n"
@@ -173,13 +180,18 @@ def _stretches(size: int, tensors: Sequence[TensorSum]) -> Iterator[tuple[int, i
         yield at, size, None
 
 
-def _crc(fd: int, begin: int, end: int) -> int:
+def _crc(file: Reader, begin: int, end: int) -> int:
     """The CRC32 of a stretch of a file. What has become shorter has another than it had."""
     crc = 0
-    while begin < end and (data := os.pread(fd, min(_READ, end - begin), begin)):
+    while begin < end and (data := file.pread(min(_READ, end - begin), begin)):
         crc = crc32(data, crc)
         begin += len(data)
     return crc
+
+
+def is_manifest(name: str) -> bool:
+    """Is this what a manifest is called?"""
+    return fnmatchcase(name, _PATTERN)
 
 
 def present(home: Path) -> bool:
@@ -240,13 +252,13 @@ def _damage(path: Path, expected: FileSum) -> Damage | None:
     try:
         if not path.is_file():
             return Damage(path, "the file is missing", missing=True)
-        with path.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
+        with reading(path) as opened:
+            size = opened.size
             if size != expected.size:
                 return Damage(path, f"{size} bytes, not {expected.size}")
             parts, bad, between = [], [], []
             for begin, end, tensor in _stretches(size, expected.tensors):
-                crc = _crc(opened.fileno(), begin, end)
+                crc = _crc(opened, begin, end)
                 parts.append((crc, end - begin))
                 if tensor is None:
                     between.append((begin, end))

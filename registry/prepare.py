@@ -10,6 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from registry import catalog
+from registry.collector import no_collection
 from registry.defaults import lost_fields
 from registry.derived import with_derived
 from registry.dtypes import is_float
@@ -253,6 +254,7 @@ def _spared(source: Source, spec: FormatSpec, target: Target) -> Iterator[str]:
             yield f"{source.spec.name} has no {tensor}, so it is zeros: {reason}"
 
 
+@no_collection()
 def lay_out(prepared: Prepared, options: Mapping[str, Any] | None, dtype: str | None) -> tuple[Laid, list[str]]:
     """Ask the target's container where everything goes; notes on facts that the target's own config cannot say."""
     asked, notes = request(prepared, options, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from attrs import frozen
 
 from registry import catalog, expressions
 from registry.bind import Bound, bind_source
-from registry.changes import stamps
+from registry.changes import check_finished, directories, reading, stamps
+from registry.collector import no_collection
 from registry.decoding import decode
 from registry.defaults import hub_facts
 from registry.documents import read_json
@@ -30,13 +32,16 @@ from registry.model import (
     rules_spec,
     write_document,
 )
+from registry.places import PathLike, is_remote, place
 from registry.problems import collapse
 from registry.quantization.decoding import decode_quantized
 from registry.specs import ArchitectureSpec, FormatSpec
 from registry.states import check_states, held_states, is_state, with_states
 from registry.storage import Opened, slot_bytes
 
-PathLike = str | os.PathLike[str]
+_LONGEST_NAME = 1024
+_ODD_NAME = re.compile(r"\0|\d{10}")
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _CONFIG = "give config= as a HuggingFace directory or a config.json"
 
 
@@ -64,21 +69,6 @@ class Source:
                 found=", ".join(sorted(found)), hint="give dtype= to cast them to one",
             )  # fmt: skip
         return next(iter(found))
-
-
-def local_path(path: PathLike) -> Path:
-    """A local path. Raises CheckpointError for a URL."""
-    text = os.fspath(path)
-    if "://" in text:
-        raise CheckpointError(
-            "only local paths can be opened", where=text, expected="a directory", found="a URL",
-            hint="copy the checkpoint to a local disk",
-        )  # fmt: skip
-    if "\0" in text:
-        raise CheckpointError(
-            "not a path", where=repr(text), expected="a directory", found="a null character", hint="correct the path"
-        )
-    return Path(text)
 
 
 def detect_format(path: Path) -> FormatSpec:
@@ -114,7 +104,7 @@ def read_config(config: Any) -> dict[str, Any]:
         config = config.to_dict()
     if isinstance(config, Mapping):
         return dict(config)
-    path = Path(config)
+    path = place(config)
     path = path / "config.json" if path.is_dir() else path
     try:
         data = read_json(path)
@@ -130,6 +120,7 @@ def read_config(config: Any) -> dict[str, Any]:
     return data
 
 
+@no_collection()
 def load(
     path: PathLike,
     *,
@@ -141,22 +132,40 @@ def load(
 
     Raises CheckpointError, DetectionError and MappingError.
     """
-    opened, spec = opened_at(local_path(path))
+    opened, spec = opened_at(place(path))
     return understood(opened, spec, config=config, architecture=architecture, states=states)
 
 
 def opened_at(where: Path) -> tuple[Opened, FormatSpec]:
     """What is at a path, and its format. Raises CheckpointError and DetectionError."""
-    try:
+    with reading(where):
+        check_finished(where)
         spec = detect_format(where)
+        before = directories(where) if where.is_dir() and not is_remote(where) else {}
         opened = catalog.container(spec.container).open(where, spec.name)
         opened.stamps = stamps(opened.path)
-    except OSError as error:
-        raise CheckpointError(
-            "the checkpoint cannot be read", where=error.filename or where, expected="to read it",
-            found=error.strerror or error, hint="check the path and its permissions",
-        ) from error  # fmt: skip
+        check_finished(opened.path)
+        _check_names(opened)
+        if before and before.get(opened.path) != directories(where).get(opened.path):
+            raise CheckpointError(
+                "another checkpoint took the place of this one while it was opened", where=opened.path,
+                expected="a directory that stays", found="another of its name", hint="open it again",
+            )  # fmt: skip
     return opened, spec
+
+
+def _check_names(opened: Opened) -> None:
+    """Names are taken apart by their indices, and shown. Raises CheckpointError for those that no model has."""
+    names = [piece.name for piece in opened.pieces]
+    joined = "\n".join(names)
+    # The digits alone are looked for first: the expression takes ten times as long.
+    digits = not joined.isascii() or b"0" * 10 in joined.encode().translate(_DIGITS)
+    if max(map(len, names), default=0) > _LONGEST_NAME or "\0" in joined or (digits and _ODD_NAME.search(joined)):
+        bad = next((name for name in names if len(name) > _LONGEST_NAME or _ODD_NAME.search(name)), "")
+        raise CheckpointError(
+            "a tensor of an absurd name", where=opened.path, found=repr(bad),
+            expected=f"at most {_LONGEST_NAME} characters, none of them null, and indices of at most 9 digits",
+        )  # fmt: skip
 
 
 def understood(
@@ -169,7 +178,7 @@ def understood(
     hub = decode(opened, spec, read_config(config) if config is not None else opened.hub_config)
     name = architecture or (None if hub is None else hub.get("model_type")) or opened.architecture
     if config is not None and isinstance(config, str | os.PathLike):
-        opened = _with_side_files(opened, Path(config))
+        opened = _with_side_files(opened, place(config))
     if name is None and hub is not None and not opened.document:
         raise DetectionError(
             "the config has no model_type", where=where, expected="a model_type", found="none",
@@ -193,7 +202,7 @@ def understood(
 
 def carried_config(path: PathLike) -> dict[str, Any] | None:
     """The HuggingFace config that a checkpoint carries, if any."""
-    return opened_at(local_path(path))[0].hub_config
+    return opened_at(place(path))[0].hub_config
 
 
 def load_pair(

@@ -177,7 +177,8 @@ class Laid:
     `places[i]` is (file index, byte offset) of slot i. `small` are whole files (path -> bytes, or what makes the bytes
     where that takes long and a plan can do without) and `copies` files to be copied (path -> source). `home` is the
     directory of the checkpoint itself, where the target has others beside it. With `seal`, `seal(crcs)` gives the last
-    literals, (file index, offset, bytes), from the CRC32 of every slot's bytes.
+    literals, (file index, offset, bytes), from the CRC32 of every slot's bytes. `seal_file(file, crcs)` gives those of
+    one file alone, (offset, bytes): each lies behind the bytes that it sums, for a writer who cannot go back.
     """
 
     files: list[FilePlan]
@@ -186,6 +187,7 @@ class Laid:
     copies: dict[str, Path] = field(factory=dict)
     seal: Callable[[Sequence[int]], list[tuple[int, int, bytes]]] | None = None
     home: str = ""
+    seal_file: Callable[[int, Sequence[int]], list[tuple[int, bytes]]] | None = None
 
 
 class Container(Protocol):

@@ -7,7 +7,6 @@ its bytes in canonical axis order, so that it does not depend on how either side
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -19,15 +18,16 @@ from attrs import asdict, frozen
 
 from registry import manifest
 from registry.boxes import Fragment, contiguous
-from registry.changes import check_unchanged
+from registry.changes import check_unchanged, reading
 from registry.checkpoint import stored_names
 from registry.errors import CheckpointError
 from registry.execute import TILE, Assembler, assembler, check_replicas, default_threads
 from registry.files import SourceFiles
 from registry.groups import Coding, Group
+from registry.places import PathLike, is_remote, place
 from registry.planning import make_plan
 from registry.problems import collapse
-from registry.source import PathLike, Source, detect_format, load_pair, local_path, opened_at
+from registry.source import Source, detect_format, load_pair, opened_at
 from registry.storage import Rank, Slot, slot_bytes
 from registry.tensor_rules import named_axes
 
@@ -114,7 +114,8 @@ def digests(source: Source) -> dict[str, tuple[str, str]]:
     """
     groups, slots = _canonical(source)
     plan = make_plan(source.bound, source.opened, groups, slots, source.model)
-    with SourceFiles(source.opened.files) as sources, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    files = SourceFiles(source.opened.files, source.opened.stamps)
+    with files as sources, ThreadPoolExecutor(default_threads(files.remote)) as pool:
         check_replicas(plan, source.opened, sources)
         filler = assembler(plan, source.opened, sources, slots)
         hashes = list(pool.map(lambda i: _digest(filler, i, slot_bytes(slots[i])), range(len(slots))))
@@ -136,10 +137,11 @@ def _digest(filler: Assembler, slot: int, nbytes: int) -> str:
 
 def check(path: Path, *, all_there: bool = True) -> Verification | None:
     """Compare a checkpoint with its manifest. None where it has none; raises CheckpointError for a damaged one."""
-    home = _home(path)
-    if home is None:
-        return None
-    found = manifest.check(home, default_threads())
+    with reading(path):
+        home = _home(path)
+        if home is None:
+            return None
+        found = manifest.check(home, default_threads(is_remote(home)))
     differences = []
     for damage in found.damage if all_there else [one for one in found.damage if not one.missing]:
         where = f"{damage.problem}, in {damage.path}"
@@ -170,7 +172,8 @@ def _home(path: Path) -> Path | None:
 
 def alone(path: Path) -> Verification:
     """As `check`. Raises CheckpointError where there is no manifest."""
-    detect_format(path)
+    with reading(path):
+        detect_format(path)
     found = check(path)
     if found:
         opened_at(path)  # what lies outside, such as a tracker file, is read too
@@ -190,7 +193,7 @@ def verify(
     A file that somebody took away is no damage to what is there: where it is needed, reading without it fails.
     """
     for path in (a, b):
-        found = check(local_path(path), all_there=False)
+        found = check(place(path), all_there=False)
         if found is not None and not found:
             return found
     return compare(*load_pair(a, b, config=config, architecture=architecture))

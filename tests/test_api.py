@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,51 @@ def test_stream_gives_every_tensor_once(megatron: Path, llama: Path) -> None:
     assert sorted(name for name, _ in streamed) == sorted(expected)
     for name, tensor in streamed:
         assert torch.equal(tensor, expected[name].half())
+
+
+def test_a_stream_reads_ahead_within_bounds(megatron: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = registry.View.__getitem__
+
+    def counted(view: registry.View, name: str) -> torch.Tensor:
+        read.append(name)
+        return plain(view, name)
+
+    monkeypatch.setattr(registry.View, "__getitem__", counted)
+    monkeypatch.setattr("registry.checkpoint._AHEAD", 100_000)
+    names, sizes = [], {}
+    for name, tensor in registry.stream(megatron):
+        names.append(name)
+        sizes[name] = tensor.nbytes
+        ahead = [other for other in read if other not in names]
+        assert sum(sizes.get(other, 0) for other in ahead) <= 100_000
+    assert sorted(read) == sorted(names) == sorted(registry.open(megatron).view("huggingface"))
+    assert max(sizes.values()) < 100_000 < sum(sizes.values())
+    for size in (0, 1):  # a tensor that is larger than all that may be held is read too
+        monkeypatch.setattr("registry.checkpoint._AHEAD", size)
+        assert [name for name, _ in registry.stream(megatron)] == names
+
+
+def test_a_stream_that_is_left_reads_no_more(megatron: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    stream = registry.stream(megatron)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_a_transformers_model_is_filled_in_place(megatron: Path, llama: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig.from_dict(registry.open(megatron).config)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    registry.load(megatron, model=model, names="huggingface", random_states=False)
+    assert before == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    expected = load_file(llama / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
 def test_streamed_tensors_fill_a_live_model(megatron: Path, llama: Path) -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 import registry
-from registry import cli
+from registry import commands
 from registry.cli import main
 from registry.progress import ProgressLine, clock_face, fit, parts
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-VERBS = ("convert", "plan", "inspect", "verify", "view", "formats", "architectures", "schema")
+VERBS = ("convert", "plan", "inspect", "verify", "explain", "view", "formats", "architectures", "schema")
 
 # Runs the command with slow workers; "writing" on stdout says that the first one is at work.
 SLOW = """
@@ -127,6 +127,29 @@ def test_inspect(llama, run):
     assert "architecture  llama" in out
 
 
+def test_explain(llama, run):
+    code, out, err = run("explain llama decoder.layers.1.mlp.linear_fc1.weight --to megatron-legacy --tp 2 --json")
+    assert (code, err) == (0, "")
+    parts = [part for one in json.loads(out)["stored"] for part in one["parts"]]
+    assert {place["name"] for part in parts for place in part["places"]} == {
+        "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    }  # fmt: skip
+    assert "holds   mlp.up.weight  layer 2" in run("explain llama mlp.up.weight.2")[1]
+    code, _, err = run("explain llama mlp.up.weigth")
+    assert code == 1 and "mlp.up.weight" in err
+
+
+def test_verify_one(llama, run):
+    assert run("convert llama out --to megatron --tp 2 --quiet")[0] == 0
+    assert run("verify out")[1].startswith("whole: ")
+    data = next(Path("out/release").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    code, out, _ = run("verify out")
+    assert code == 1 and data.name in out
+    code, _, err = run("verify llama")
+    assert code == 1 and "no manifest" in err
+
+
 def test_view_shows_a_tensor_as_it_is(llama, run):
     name = "model.layers.1.mlp.down_proj.weight"
     tensor = registry.open("llama").view("huggingface")[name]
@@ -182,15 +205,15 @@ def test_view_of_what_is_not_there(llama, run, arguments, problem):
 def test_statistics_of_odd_tensors():
     import torch
 
-    found = cli._statistics(torch.cat([torch.zeros(1 << 20), torch.tensor([float("nan"), -3.0])]))
+    found = commands._statistics(torch.cat([torch.zeros(1 << 20), torch.tensor([float("nan"), -3.0])]))
     assert all(str(found[key]) == "nan" for key in ("min", "max", "mean"))
-    found = cli._statistics(torch.cat([torch.ones(1 << 20), torch.tensor([-2.0])]))
+    found = commands._statistics(torch.cat([torch.ones(1 << 20), torch.tensor([-2.0])]))
     assert (found["min"], found["max"], found["values"]) == (-2.0, 1.0, [1.0] * 8)
-    assert cli._statistics(torch.zeros(0, 4)) == {"min": None, "max": None, "mean": None, "values": []}
-    assert cli._statistics(torch.tensor(True)) == {"min": 1.0, "max": 1.0, "mean": 1.0, "values": [True]}
-    assert cli._statistics(torch.zeros(2, dtype=torch.complex64))["min"] is None
+    assert commands._statistics(torch.zeros(0, 4)) == {"min": None, "max": None, "mean": None, "values": []}
+    assert commands._statistics(torch.tensor(True)) == {"min": 1.0, "max": 1.0, "mean": 1.0, "values": [True]}
+    assert commands._statistics(torch.zeros(2, dtype=torch.complex64))["min"] is None
     for name in ("float8_e4m3fn", "float8_e5m2", "int8", "uint16", "bfloat16"):
-        assert cli._statistics(torch.ones(3).to(getattr(torch, name)))["mean"] == 1.0
+        assert commands._statistics(torch.ones(3).to(getattr(torch, name)))["mean"] == 1.0
 
 
 def test_formats_and_architectures_list_all(run):
@@ -203,7 +226,7 @@ def test_formats_and_architectures_list_all(run):
         assert spec["kind"] == "format"
         assert spec["name"] == name
         for option, said in spec["options"].items():
-            assert f"--option {option}={cli._value(said['default'])}: " in out
+            assert f"--option {option}={commands._value(said['default'])}: " in out
     code, out, err = run("architectures")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == registry.architectures()
@@ -228,7 +251,7 @@ def test_version_and_help(run):
 # --- every flag -------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {"to": "trtllm", "parallel": None, "dtype": None, "options": None, "config": None, "architecture": None}
-WRITING = {"ranks": None, "overwrite": False, "threads": None, "durable": True, "progress": None}
+WRITING = {"ranks": None, "overwrite": False, "threads": None, "durable": True, "progress": None, "engine": "local"}
 EVERY_READING_FLAG = "--config conf --architecture mistral"
 READ = {"config": "conf", "architecture": "mistral"}
 EVERY_LAYOUT_FLAG = (
@@ -246,13 +269,16 @@ def wanted():
 def test_the_flags_of_convert(run, called):
     calls = called("convert")
     assert run("convert a b --to trtllm") == (0, "reported\n", "")
-    writing = "--ranks 0,3 --overwrite --threads 3 --no-sync --quiet"
+    writing = "--ranks 0,3 --overwrite --threads 3 --engine ray --no-sync --quiet"
     assert run(f"convert a b {EVERY_LAYOUT_FLAG} {EVERY_READING_FLAG} {writing}") == (0, "", "")
     assert calls == [
         (("a", "b"), DEFAULTS | WRITING),
         (
             ("a", "b"),
-            {**wanted(), **READ, "ranks": [0, 3], "overwrite": True, "threads": 3, "durable": False, "progress": None},
+            {
+                **wanted(), **READ, "ranks": [0, 3], "overwrite": True, "threads": 3, "durable": False,
+                "progress": None, "engine": "ray",
+            },
         ),
     ]
     assert calls[1][1]["parallel"].layers == (3, 5)
@@ -441,7 +467,8 @@ def test_nothing_heavy_is_loaded_for_help(arguments):
     heavy = {"torch", "numpy", "pydantic", "yaml", "attr", "attrs", "packaging", "transformers", "safetensors"}
     assert not heavy & {name.split(".")[0] for name in loaded}
     ours = {name for name in loaded if name.split(".")[0] == "registry"}
-    assert ours == {"registry", "registry.cli", "registry.errors"}
+    light = {"cli", "commands", "engines", "errors", "redaction"}
+    assert ours == {"registry", *(f"registry.{name}" for name in light)}
 
 
 @pytest.mark.parametrize("arguments", [["formats"], ["schema"], ["--help"], ["--version"], ["inspect", "nowhere"]])

@@ -118,9 +118,9 @@ def test_target_cannot_be(name: str, model: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["s3://bucket/out", "nul\0l"])
+@pytest.mark.parametrize("name", ["s3://", "nul\0l"])
 def test_target_is_no_path(name: str, model: Path) -> None:
-    with pytest.raises(RegistryError, match="path"):
+    with pytest.raises(RegistryError, match=r"not a path|not the URL"):
         registry.convert(model, name, to="megatron")
 
 

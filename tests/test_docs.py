@@ -89,3 +89,18 @@ def test_console_blocks_are_read_as_a_shell_would():
 
 if __name__ == "__main__":
     run_page(Path(sys.argv[1]))
+
+
+def test_what_holds_a_promise_of_security_is_there():
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    quoted = {name for part in re.findall(r"`([^`\n]+)`", text) for name in part.split("::")}
+    named = {name for name in quoted if re.fullmatch(r"_?[a-z]+(_[a-z]+){2,}", name)}
+    folders = (ROOT / "tests", ROOT / "registry" / "testing")
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    assert {"test_a_flipped_bit_anywhere_is_found", "test_no_fault_tears_a_checkpoint"} <= named
+    assert {name for name in named if f"def {name}(" not in code} == set()
+    for name in quoted:
+        if name.startswith("tests/"):
+            assert (ROOT / name).exists(), name
+    made = {name.removeprefix("make ") for name in quoted if name.startswith("make ")}
+    assert {f"{name}:" for name in made} <= set(re.findall(r"^[a-z]+:", (ROOT / "Makefile").read_text(), re.MULTILINE))

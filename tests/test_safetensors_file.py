@@ -263,6 +263,8 @@ DEEP = "[" * 1_000_000
         ('{"a":1,"b":2,"a":1}', ["a key twice", "'a'"]),
         ('{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}', ["a key twice", "'shape'"]),
         ('{"__metadata__":{},"__metadata__":{}}', ["a key twice", "'__metadata__'"]),
+        ('{"__metadata__":{"a":"","a":"::"}}', ["a key twice", "'a'"]),
+        ('{":":[{"b":1,"b":1}]}', ["a key twice", "'b'"]),
         ('{"a":NaN}', ["constant", "NaN"]),
         ('{"a":Infinity}', ["constant", "Infinity"]),
         ('{"a":[-Infinity]}', ["constant", "-Infinity"]),
@@ -275,7 +277,7 @@ DEEP = "[" * 1_000_000
         ('{"__metadata__":{"k":"\\ud800"}}', ["something other than text", r"'k': '\ud800'"]),
         ('{"a\\udc00":{}}', ["UTF-8", r"'a\udc00'"]),
     ],
-    ids=range(25),
+    ids=range(27),
 )
 def test_malformed_header(tmp_path: Path, header: str | bytes, parts: list[str]) -> None:
     refused(file(tmp_path, header), *parts)
@@ -323,6 +325,15 @@ def test_malformed_header(tmp_path: Path, header: str | bytes, parts: list[str])
 def test_bad_entry(tmp_path: Path, entry: Any, parts: list[str]) -> None:
     name = 'layer "0"\n'
     refused(file(tmp_path, {name: entry}, bytes(8)), f"tensor {name!r}", *parts)
+
+
+@pytest.mark.parametrize("shape", [{}, "", None])
+def test_what_looks_like_a_shape_seen_before_is_none(tmp_path: Path, shape: object) -> None:
+    entries = {
+        name: {"dtype": "U8", "shape": [] if name == "a" else shape, "data_offsets": [i, i + 1]}
+        for i, name in enumerate("ab")
+    }
+    refused(file(tmp_path, entries, bytes(2)), "tensor 'b'", "not a shape", repr(shape))
 
 
 def spans(*offsets: tuple[int, int]) -> dict[str, object]:

@@ -23,6 +23,7 @@ from registry.dtypes import ITEMSIZE, is_float, torch_dtype
 from registry.encoding import rounded
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
+from registry.places import is_path
 from registry.problems import collapse
 from registry.quantization import formulas
 from registry.quantization.declared import Quantizations, Scheme
@@ -172,7 +173,7 @@ class _Reader:
         shape = tuple(sizes[d] for d in ("expert", "out", "in") if d in sizes)
         path = self.opened_files[weight.file]
         return Restored(
-            path if isinstance(path, Path) else path.path, self._dtype, shape, scheme, formula, parts, group
+            path if is_path(path) else path.path, self._dtype, shape, scheme, formula, parts, group
         )
 
 

@@ -102,7 +102,7 @@ def rankwise(
         at |= {k: at[w] for k in tensors if (w := _weight_of(k)) is not None and w in at}
     _check(source, tensors, at, slots)
     plan = make_plan(source.bound, source.opened, groups, slots, source.model)
-    filler = assembler(plan, source.opened, SourceFiles(source.opened.files), slots)
+    filler = assembler(plan, source.opened, SourceFiles(source.opened.files, source.opened.stamps), slots)
     own = {key: tensor for key, tensor in tensors.items() if key in at}
     cast = sorted({f"{slots[at[k]].dtype} -> {str(t.dtype).removeprefix('torch.')}" for k, t in own.items()
                    if torch_dtype(slots[at[k]].dtype) != t.dtype})  # fmt: skip

@@ -14,8 +14,9 @@ from attrs import evolve, field, frozen
 from registry.errors import ArgumentError, CheckpointError
 from registry.model import config_map, loose_facts, read_facts
 from registry.parallel import Parallel
+from registry.places import PathLike, local_path
 from registry.plain import unpacked
-from registry.source import PathLike, Source, local_path
+from registry.source import Source
 from registry.source import load as open_source
 from registry.storage import Rank
 from registry.training import background, filling, local, rng

@@ -20,9 +20,10 @@ from typing import Final, Literal
 from attrs import evolve, frozen
 
 from registry import catalog
-from registry.commit import failed, locked, staged, sync_directory
+from registry.commit import failed, locked, make_directory, staged, sync_directory
 from registry.errors import ArgumentError, CheckpointError, RegistryError, TargetError
-from registry.source import PathLike, detect_format, local_path
+from registry.places import PathLike, local_path
+from registry.source import detect_format
 from registry.training import leftovers
 from registry.training.retention import Pruned, Retention
 
@@ -284,10 +285,7 @@ class Checkpoints:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         try:
-            missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
-            self.root.mkdir(parents=True, exist_ok=True)
-            for path in missing if self._durable else ():
-                sync_directory(path.parent)
+            make_directory(self.root, self._durable)
             with locked(self.root / _LOCK, self.root):
                 yield
         except OSError as error:

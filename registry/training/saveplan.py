@@ -13,11 +13,12 @@ from registry import catalog
 from registry.errors import ArgumentError, MappingError
 from registry.model import config_map
 from registry.parallel import Parallel
+from registry.places import PathLike
 from registry.plain import packed
 from registry.prepare import Prepared, fitted, prepare, request
 from registry.problems import collapse
 from registry.rankplan import Part, as_held, one_a_file, owners, part, shipped
-from registry.source import PathLike, understood
+from registry.source import understood
 from registry.states import MASTER, is_state
 from registry.storage import Laid, ObjectSlot, Opened, Rank, Request
 from registry.training.announce import Announcement, Joined, joined

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field, frozen
 
 from registry import catalog, manifest
-from registry.commit import staged, write_small
+from registry.commit import failed, staged, write_small
 from registry.dtypes import dtype_name
 from registry.errors import ArgumentError, TargetError
 from registry.execute import execute
 from registry.parallel import Parallel
+from registry.places import PathLike, local_path
 from registry.plain import packed, unpacked
-from registry.source import PathLike, local_path
 from registry.storage import Rank
 from registry.training import background as beside
 from registry.training import local, rng
@@ -209,7 +209,7 @@ def _write(work: Work, run: Run, everyone: Team, how: _How) -> tuple[str, Pruned
         def begin() -> str | None:
             if everyone.rank:
                 return None
-            if goal.is_dir() and any(goal.iterdir()) and not how.overwrite:
+            if _holds_anything(goal) and not how.overwrite:
                 raise TargetError(
                     "this iteration has been saved already" if in_run else "the target is not empty", where=goal,
                     expected="nothing there yet", found="a checkpoint", hint="give overwrite=True to replace it",
@@ -237,6 +237,13 @@ def _write(work: Work, run: Run, everyone: Team, how: _How) -> tuple[str, Pruned
 
         everyone.together(end)
     return str(goal), pruned[0]
+
+
+def _holds_anything(path: Path) -> bool:
+    try:
+        return path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise failed(path, error) from error
 
 
 @contextmanager

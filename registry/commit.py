@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from registry.errors import CheckpointError, RegistryError, TargetError
+from registry.errors import AnotherRunError, CheckpointError, RegistryError, TargetError
 from registry.places import is_remote
 from registry.storage import Small, small_bytes
 
@@ -63,7 +63,16 @@ def _check_empty(target: Path) -> None:
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    _sync(path, os.O_NOFOLLOW)
+
+
+def _sync(path: Path, flags: int) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(fd)
     finally:
@@ -133,7 +142,7 @@ def failed(target: Path, error: OSError | ValueError, stage: Path | None = None)
 
 @contextmanager
 def locked(path: Path, target: Path) -> Iterator[None]:
-    """Hold the lock file at `path`, which goes away with the lock. Raises TargetError if another run holds it.
+    """Hold the lock file at `path`, which goes away with the lock. Raises AnotherRunError if another run holds it.
 
     A file, and open for writing: NFS locks no directory, and nothing that is only read.
     """
@@ -165,7 +174,7 @@ def _flock(fd: int, target: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise TargetError(
+        raise AnotherRunError(
             "another run is writing this target", where=target, expected="one run at a time", found="its lock is held",
             hint="wait for it to end, or choose another target",
         ) from None  # fmt: skip
@@ -244,11 +253,7 @@ def write_small(root: Path, small: Mapping[str, Small], copies: Mapping[str, Pat
             shutil.copyfile(path, target)
         total += target.stat().st_size
         if durable:
-            fd = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync_file(target)
     return total
 
 

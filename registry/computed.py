@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -26,7 +27,7 @@ _STEP = 1 << 17
 _WINDOW = 1 << 20
 
 
-class Computed:
+class Computed(ABC):
     """A matrix of `width` columns in a type, whose values are made when they are read. See `registry.files.Virtual`.
 
     `label` tells apart the buffers of matrices that are made of each other.
@@ -38,13 +39,13 @@ class Computed:
     dtype: str
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Its columns: how many values lie in a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, files: SourceFiles, rows: Ints, begin: int, end: int) -> torch.Tensor:
         """Columns [begin, end) of some rows, which rise; a hundred thousand values or so, of the file's type."""
-        raise NotImplementedError
 
     def read_into(self, files: SourceFiles, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset`: whole rows together, and parts of rows at either end."""

@@ -14,19 +14,17 @@ from attrs import asdict, evolve, field, frozen
 from registry import catalog, engines, manifest
 from registry.beside import beside, check_ranks, own_part
 from registry.changes import check_unchanged
-from registry.collector import no_collection
 from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
-from registry.engines.work import Order, Work, made, together, writing
+from registry.engines.work import Order, Work, made, planned, together, writing
 from registry.errors import ArgumentError
 from registry.execute import Progress
 from registry.losses import Loss, Watch
 from registry.parallel import Parallel
 from registry.places import PathLike, is_remote, place
 from registry.planning import Copies, Plan
-from registry.prepare import Prepared, lay_out, prepare, wants_states
+from registry.prepare import Prepared, lay_out
 from registry.remote import RemotePath
-from registry.source import load
 from registry.storage import Laid, small_bytes
 
 if TYPE_CHECKING:
@@ -293,7 +291,5 @@ def plan(
     """Plan a conversion without writing anything. Arguments and errors are those of `convert`."""
     start = time.perf_counter()
     cast = None if dtype is None else dtype_name(dtype)
-    with no_collection():
-        loaded = load(source, config=config, architecture=architecture, states=wants_states(to, options))
-        prepared = prepare(loaded, to, parallel=parallel, dtype=cast, options=options)
+    prepared = planned(Order(place(source), to, parallel, cast, config, architecture, options))
     return PlanReport(prepared.plan, prepared, options, cast, time.perf_counter() - start)

@@ -18,9 +18,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from registry import expressions
+from registry.config_rules import ConfigMap, FactMap
 from registry.errors import MappingError
 from registry.model import read_facts
-from registry.specs import ArchitectureSpec, ConfigMap, FactMap
+from registry.specs import ArchitectureSpec
 
 _ABSENT = object()
 #: Fields about running or training a model, not about the model. A class may act on them, with what a document says.

@@ -13,8 +13,9 @@ from registry.redaction import redacted
 
 #: Characters of one part of a message. What a hostile file calls things may be longer, and may talk to a terminal.
 _LONGEST = 2000
-#: Details that a message shows.
+#: Details that a message shows, and characters of them all.
 _MOST = 100
+_IN_ALL = 10_000
 
 
 def _shown(text: str, longest: int = _LONGEST) -> str:
@@ -63,9 +64,12 @@ class RegistryError(Exception):
         for label, value in (("where", self.where), ("expected", self.expected), ("found", self.found)):
             if value is not None:
                 lines.append(f"  {label}: {_shown(redacted(str(value)))}")
-        lines += [f"  - {_shown(detail, _LONGEST // 4)}" for detail in self.details[:_MOST]]
-        if len(self.details) > _MOST:
-            lines.append(f"  - and {len(self.details) - _MOST} more")
+        details = [f"  - {_shown(detail, _LONGEST // 4)}" for detail in self.details[:_MOST]]
+        while sum(map(len, details)) > _IN_ALL:
+            details.pop()
+        lines += details
+        if len(self.details) > len(details):
+            lines.append(f"  - and {len(self.details) - len(details)} more")
         if self.hint:
             lines.append(f"  to do: {self.hint}")
         return "\n".join(lines)
@@ -105,6 +109,10 @@ class ParallelError(RegistryError):
 
 class TargetError(RegistryError):
     """The target cannot be written: not empty, inside the source, read-only, or the disk is full."""
+
+
+class AnotherRunError(TargetError):
+    """Another run is writing the same target."""
 
 
 class ArgumentError(RegistryError, ValueError):

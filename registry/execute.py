@@ -28,7 +28,7 @@ from registry.errors import MappingError, TargetError
 from registry.files import SourceFiles, TargetFiles
 from registry.losses import Watch
 from registry.planning import Plan
-from registry.storage import Laid, Opened, Piece, Slot, slot_bytes
+from registry.storage import Laid, Opened, Piece, Slot, cut, slot_bytes
 
 __all__ = [
     "TILE",
@@ -148,7 +148,6 @@ class _Run:
     queue: _Queue
     progress: Progress | None
     total: int
-    starts: list[list[int]]
     sums: dict[int, list[tuple[int, int, int]]] = field(factory=dict)
     done: int = 0
     stop: threading.Event = field(factory=threading.Event)
@@ -194,25 +193,15 @@ class _Run:
         if stop == first + 1:
             return True
         gaps = job.end - job.begin - sum(self.places.sizes[first:stop])
-        return not gaps or gaps == sum(high - low for low, high, _ in self.literals(job.file, job.begin, job.end))
-
-    def literals(self, file: int, begin: int, end: int) -> Iterator[tuple[int, int, bytes]]:
-        """The parts of literals within [begin, end), as (begin, end, bytes)."""
-        literals = self.laid.files[file].literals
-        for i in range(max(bisect.bisect_right(self.starts[file], begin) - 1, 0), len(literals)):
-            offset, data = literals[i]
-            if offset >= end:
-                return
-            low, high = max(offset, begin), min(offset + len(data), end)
-            if low < high:
-                yield low, high, data[low - offset : high - offset]
+        between = cut(self.laid.files[job.file].literals, job.begin, job.end) if gaps else ()
+        return gaps == sum(high - low for low, high, _ in between)
 
     def assemble(self, job: Job, ops: list[list[Op]], tile: memoryview, begin: int, end: int) -> None:
         for i, of_slot in enumerate(ops, job.first):
             at = self.places.begins[i]
             for op in of_slot:
                 self.filler.copy(op, tile, at, begin, end)
-        for low, high, data in self.literals(job.file, begin, end):
+        for low, high, data in cut(self.laid.files[job.file].literals, begin, end):
             tile[low - begin : high - begin] = data
 
     def sum(self, job: Job, tile: memoryview) -> None:
@@ -237,10 +226,9 @@ def execute(
         jobs = list(_jobs(places))
         total = sum(job.end - job.begin for job in jobs)
         queue = _Queue(_by_source(jobs, places, filler))
-        starts = [[offset for offset, _ in file.literals] for file in laid.files]
         try:
             with TargetFiles(root, laid.files, durable=durable) as targets:
-                run = _Run(filler, targets, laid, places, queue, progress, total, starts)
+                run = _Run(filler, targets, laid, places, queue, progress, total)
                 _write_outer_literals(laid, jobs, targets)
                 _run_all(run, threads or default_threads(sources.remote))
                 crcs = [combine((crc, size) for _, crc, size in sorted(run.sums.get(i, []))) for i in range(len(slots))]

@@ -13,7 +13,7 @@ import ast
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -132,14 +132,18 @@ class Expression:
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Expression:
     """Parse and check. Raises SpecError, which quotes the expression and names what is not allowed."""
+    return Expression(text, *checked(text, "an expression", _check))
+
+
+def checked(text: str, what: str, check: Callable[[ast.expr, str], Iterable[str]]) -> tuple[ast.expr, frozenset[str]]:
+    """The tree of a text and the names that `check(tree, text)` finds. Raises SpecError, as `check` does."""
     if len(text) > MAX_LENGTH:
-        raise SpecError("expression too long", expected=f"at most {MAX_LENGTH} characters", found=len(text))
+        raise SpecError(f"{what} that is too long", expected=f"at most {MAX_LENGTH} characters", found=len(text))
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        names = frozenset(_check(tree, text))
+        return tree, frozenset(check(tree, text))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(f"not an expression: {text!r}", found=str(error)) from None
-    return Expression(text, tree, names)
+        raise SpecError(f"not {what}: {text!r}", found=str(error)) from None
 
 
 def _is_text(node: ast.expr | None) -> bool:

@@ -256,13 +256,11 @@ def _damage(path: Path, expected: FileSum) -> Damage | None:
             size = opened.size
             if size != expected.size:
                 return Damage(path, f"{size} bytes, not {expected.size}")
-            parts, bad, between = [], [], []
+            parts, bad = [], []
             for begin, end, tensor in _stretches(size, expected.tensors):
                 crc = _crc(opened, begin, end)
                 parts.append((crc, end - begin))
-                if tensor is None:
-                    between.append((begin, end))
-                elif f"{crc:08x}" != tensor.crc32:
+                if tensor is not None and f"{crc:08x}" != tensor.crc32:
                     bad.append(tensor)
     except OSError as error:
         return Damage(path, f"cannot be read: {error.strerror or error}")

@@ -15,8 +15,9 @@ from typing import Any
 from attrs import evolve, frozen
 
 from registry import expressions
+from registry.config_rules import ConfigMap
 from registry.errors import MappingError, SpecError
-from registry.specs import ArchitectureSpec, ConfigMap, Extension, FormatSpec, Spec
+from registry.specs import ArchitectureSpec, Extension, FormatSpec, Spec
 from registry.states import state_tensor
 from registry.tensor_rules import Rule, named_axes
 

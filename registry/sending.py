@@ -11,9 +11,10 @@ from uuid import uuid4
 from attrs import define, field
 
 from registry.crc import crc32
-from registry.errors import TargetError
+from registry.errors import AnotherRunError
 from registry.places import UNFINISHED
-from registry.remote import RemotePath, asking
+from registry.remote import RemotePath
+from registry.store import asking
 
 #: Bytes of a part, and how many there may be of one file (S3 takes 10,000).
 PART = 12 << 20
@@ -108,7 +109,7 @@ class Upload:
                 path.store.fs.pipe_file(path.key, self.token)
 
     def check_mark(self) -> None:
-        """Raises TargetError where another run has begun to write the same."""
+        """Raises AnotherRunError where another run has begun to write the same."""
         for home in self.homes:
             path = self.root / f"{home}{UNFINISHED}"
             with asking(path):
@@ -132,7 +133,3 @@ class Upload:
 
         with ThreadPoolExecutor(_AT_A_TIME) as pool:
             list(pool.map(one, list(keys)))
-
-
-class AnotherRunError(TargetError):
-    """What is at the target is another run's."""

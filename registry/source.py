@@ -170,7 +170,7 @@ def _check_names(opened: Opened) -> None:
 
 def understood(
     opened: Opened, spec: FormatSpec, *, config: PathLike | Mapping[str, Any] | None, architecture: str | None,
-    states: bool,
+    states: bool = False,
 ) -> Source:  # fmt: skip
     """What has been opened, bound to its model."""
     where = opened.path
@@ -200,20 +200,17 @@ def understood(
     return _guess(opened, spec, hub, states)
 
 
-def carried_config(path: PathLike) -> dict[str, Any] | None:
-    """The HuggingFace config that a checkpoint carries, if any."""
-    return opened_at(place(path))[0].hub_config
-
-
+@no_collection()
 def load_pair(
     a: PathLike, b: PathLike, *, config: PathLike | Mapping[str, Any] | None = None, architecture: str | None = None
 ) -> tuple[Source, Source]:
     """Two checkpoints of one model: the config that one side carries, or the one given, serves a side without."""
-    own = [carried_config(path) for path in (a, b)]
-    spare = config if config is not None else next((c for c in own if c is not None), None)
+    sides = [opened_at(place(path)) for path in (a, b)]
+    carried = (opened.hub_config for opened, _ in sides if opened.hub_config is not None)
+    spare = config if config is not None else next(carried, None)
     left, right = (
-        load(path, config=spare if mine is None else None, architecture=architecture)
-        for path, mine in zip((a, b), own, strict=True)
+        understood(opened, spec, config=spare if opened.hub_config is None else None, architecture=architecture)
+        for opened, spec in sides
     )
     return left, right
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from registry import expressions
+from registry.config_rules import ConfigMap
 from registry.encoding import Encoding
 from registry.flat_rules import Flat
 from registry.parallel import DIMENSIONS
@@ -42,53 +43,6 @@ class Tie(Model):
     tensor: str = Field(description="the logical tensor that is another one")
     to: str = Field(description="the logical tensor that it is")
     when: Expression = Field(description="true where they are tied")
-
-
-class FactMap(Model):
-    """One fact of the model and the field of a config document that holds it."""
-
-    field: list[str] = Field(default=[], description="dotted paths; the first is written, any is read")
-    read: Expression | None = Field(
-        default=None, description="an expression over the document, where a plain field will not do"
-    )
-    values: list[tuple[Scalar, Scalar]] = Field(default=[], description="pairs (fact, field value)")
-    default: Any = Field(default=None, description="the fact where the document is silent")
-    loose: bool = Field(default=False, description="a document that says otherwise, or nothing, does no harm")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"field": [data]}
-        if isinstance(data, dict):
-            data = dict(data)
-            if isinstance(data.get("field"), str):
-                data["field"] = [data["field"]]
-            if isinstance(data.get("values"), dict):
-                data["values"] = list(data["values"].items())
-        return data
-
-
-class ConfigMap(Model):
-    """A config document against the facts of the model, in both directions."""
-
-    facts: dict[str, FactMap] = Field(default={}, description="fact -> where the document holds it")
-    write: dict[str, Expression] = Field(default={}, description="field -> expression over facts, only written")
-    constants: dict[str, Any] = Field(default={}, description="field -> literal, only written")
-    neutral: list[str] = Field(
-        default=[], description="globs over fields that do not decide what the model computes: no loss"
-    )
-    usual: dict[str, Any] = Field(
-        default={}, description="field that no fact is read from -> the value it has when absent"
-    )
-    within: str | None = Field(
-        default=None, description="the part of the document that holds the facts' fields, such as text_config"
-    )
-
-    def paths(self, fact: str) -> list[str]:
-        """Where the document may hold a fact, the place that is written first."""
-        fields = self.facts[fact].field
-        return fields if self.within is None else [*(f"{self.within}.{field}" for field in fields), *fields]
 
 
 class Extension(Model):

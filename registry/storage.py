@@ -7,7 +7,9 @@ between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -160,6 +162,17 @@ class FilePlan:
     path: str
     size: int
     literals: list[tuple[int, bytes]]
+
+
+def cut(literals: Sequence[tuple[int, bytes]], begin: int, end: int) -> Iterator[tuple[int, int, bytes]]:
+    """The parts of (offset, bytes), which are in order, that lie within [begin, end), as (begin, end, bytes)."""
+    for i in range(max(bisect.bisect_right(literals, begin, key=itemgetter(0)) - 1, 0), len(literals)):
+        offset, data = literals[i]
+        if offset >= end:
+            return
+        low, high = max(offset, begin), min(offset + len(data), end)
+        if low < high:
+            yield low, high, data[low - offset : high - offset]
 
 
 Small = bytes | Callable[[], bytes]

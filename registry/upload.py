@@ -21,7 +21,7 @@ from registry.assemble import Assembler, assembler
 from registry.changes import check_unchanged
 from registry.crc import combine, crc32
 from registry.engines.work import Work
-from registry.errors import CheckpointError, TargetError
+from registry.errors import AnotherRunError, CheckpointError, TargetError
 from registry.execute import TILE, Progress, check_replicas, default_threads
 from registry.files import SourceFiles
 from registry.losses import Watch
@@ -30,8 +30,8 @@ from registry.places import UNFINISHED, is_remote
 from registry.problems import collapse
 from registry.reading import reading
 from registry.remote import RemotePath
-from registry.sending import PART, AnotherRunError, Upload, part_size
-from registry.storage import slot_bytes, small_bytes
+from registry.sending import PART, Upload, part_size
+from registry.storage import cut, slot_bytes, small_bytes
 
 #: Files that are sent at a time: each has up to four parts in memory, two of them fsspec's.
 _FILES = 4
@@ -254,14 +254,10 @@ class _File:
 
     def _surround(self, buffer: memoryview, begin: int, end: int, literals: list[tuple[int, bytes]]) -> None:
         """What lies around the slots in [begin, end)."""
-        first = max(bisect.bisect_right(literals, begin, key=lambda literal: literal[0]) - 1, 0)
-        last = bisect.bisect_left(literals, end, key=lambda literal: literal[0])
         seals = [(at, data) for at, data in self.run.seals(self.number) if at < end and at + len(data) > begin]
         self.sealed.update(seals)
-        for at, data in [*literals[first:last], *seals]:
-            low, high = max(at, begin), min(at + len(data), end)
-            if low < high:
-                buffer[low - begin : high - begin] = data[low - at : high - at]
+        for low, high, data in (*cut(literals, begin, end), *cut(seals, begin, end)):
+            buffer[low - begin : high - begin] = data
 
 
 def _ends(size: int, held: list[tuple[int, int, int]]) -> Iterator[int]:

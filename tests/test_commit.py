@@ -98,6 +98,7 @@ def test_target_holds_a_hidden_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".hidden").write_text("")
     refused(model, tmp_path / "out", ".hidden", overwrite=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".hidden"]
 
 
 @pytest.mark.parametrize("name", ["file", "pipe", "device"])
@@ -380,6 +381,7 @@ def test_space_that_a_dead_run_takes_is_free(model: Path, tmp_path: Path) -> Non
         (disk / ".out.partial").mkdir()
         (disk / ".out.partial" / "model.safetensors").write_bytes(bytes(1 << 20))
         registry.convert(model, disk / "out", to="megatron", durable=False)
+        assert registry.verify(disk / "out", model)
         assert registry.verify(model, disk / "out")
 
 
@@ -441,6 +443,8 @@ def test_parent_that_cannot_be_entered(commons: Path, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o000)
     with unprivileged():
         refused(commons / "model", tmp_path / "closed" / "out", "Permission denied")
+    (tmp_path / "closed").chmod(0o700)
+    assert not list((tmp_path / "closed").iterdir())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json", ""])

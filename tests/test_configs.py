@@ -22,8 +22,9 @@ from transformers.configuration_utils import remap_legacy_layer_types
 
 import registry
 from registry import catalog, defaults
+from registry.config_rules import ConfigMap, FactMap
 from registry.model import loose_facts, read_facts
-from registry.specs import ArchitectureSpec, ConfigMap, FactMap
+from registry.specs import ArchitectureSpec
 from tests.conftest import HF_MODELS
 from tests.families import FAMILIES
 from tests.test_schema import architecture

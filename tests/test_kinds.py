@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 import registry
 from formats import huggingface
 from registry import bind, catalog
+from registry.config_rules import ConfigMap
 from registry.errors import MappingError, SpecError
 from registry.model import LogicalModel, logical_model, read_facts, write_document
 from registry.parallel import Parallel
-from registry.specs import ArchitectureSpec, ConfigMap, FormatSpec
+from registry.specs import ArchitectureSpec, FormatSpec
 from registry.storage import Opened, Piece
 from tests.test_plan import PLAIN, Side, check, planned, refused
 

@@ -94,13 +94,19 @@ class Work:
         return evolve(found, plan=evolve(found.plan, replicas=plan.replicas[me::step]))
 
 
+@no_collection()
+def planned(order: Order) -> Prepared:
+    """Open the source and plan where everything goes. Raises RegistryError as `registry.convert` does."""
+    states = wants_states(order.to, order.options)
+    loaded = load(order.source, config=order.config, architecture=order.architecture, states=states)
+    return prepare(loaded, order.to, parallel=order.parallel, dtype=order.dtype, options=order.options)
+
+
+@no_collection()
 def made(order: Order) -> Work:
-    """Open the source and plan everything. Raises RegistryError as `registry.convert` does."""
-    with no_collection():
-        states = wants_states(order.to, order.options)
-        loaded = load(order.source, config=order.config, architecture=order.architecture, states=states)
-        prepared = prepare(loaded, order.to, parallel=order.parallel, dtype=order.dtype, options=order.options)
-        laid, notes = lay_out(prepared, order.options, order.dtype)
+    """What `planned` gives, laid out in files. Raises RegistryError as it does."""
+    prepared = planned(order)
+    laid, notes = lay_out(prepared, order.options, order.dtype)
     return Work(prepared, laid, tuple(notes))
 
 

@@ -20,6 +20,7 @@ from attrs import frozen
 
 from registry.dtypes import ITEMSIZE, torch_dtype
 from registry.errors import SpecError
+from registry.expressions import checked
 
 if TYPE_CHECKING:
     import torch
@@ -137,12 +138,7 @@ class Formula:
 @lru_cache(maxsize=1024)
 def parse(text: str) -> Formula:
     """Parse and check. Raises SpecError, which quotes the formula and names what is not allowed."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        names = frozenset(_check(tree, text))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(f"not a formula: {text!r}", found=str(error)) from None
-    return Formula(text, tree, names)
+    return Formula(text, *checked(text, "a formula", _check))
 
 
 def _check(node: ast.expr, text: str) -> Iterator[str]:

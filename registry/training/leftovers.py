@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from registry.commit import locked, remove, sync_directory
-from registry.errors import TargetError
+from registry.commit import locked, remove, sync_directory, sync_names
+from registry.errors import AnotherRunError
 
 _LEFTOVER = re.compile(r"\.(iter_\d{7,}|release)\.(?:partial|partial\.old|deleted|lock)")
 
@@ -37,11 +37,14 @@ def aside(checkpoint: Path) -> Path:
 
 
 def discard(checkpoint: Path, *, durable: bool) -> None:
-    """Remove a checkpoint so that half of it is never seen. Raises OSError, and TargetError where a run writes it."""
+    """Remove a checkpoint so that half of it is never seen. 
+
+    Raises OSError, AnotherRunError where a run writes it, and TargetError where the removal may not be durable.
+    """
     with locked(_lock(checkpoint), checkpoint):
         checkpoint.rename(aside(checkpoint))
         if durable:
-            sync_directory(checkpoint.parent)
+            sync_names(checkpoint.parent)
         remove(aside(checkpoint))
 
 
@@ -55,7 +58,7 @@ def restore(root: Path) -> None:
                 if path.exists() and not checkpoint.exists():
                     path.rename(checkpoint)
                     sync_directory(root)
-        except (OSError, TargetError):
+        except (OSError, AnotherRunError):
             continue  # another run is at it; or nothing may be written here, and what is here is all there is
 
 
@@ -68,7 +71,7 @@ def sweep(root: Path) -> list[str]:
             with locked(_lock(checkpoint), checkpoint):
                 if checkpoint.exists() or not path.name.endswith(".old"):
                     remove(path)
-        except TargetError:
+        except AnotherRunError:
             notes.append(f"{path.name} is left alone: another run holds its lock")
         except OSError as error:
             notes.append(f"{path.name} cannot be removed: {error.strerror or error}")

@@ -20,8 +20,8 @@ from typing import Final, Literal
 from attrs import evolve, frozen
 
 from registry import catalog
-from registry.commit import failed, locked, make_directory, staged, sync_directory
-from registry.errors import ArgumentError, CheckpointError, RegistryError, TargetError
+from registry.commit import failed, locked, make_directory, staged, sync_directory, sync_file
+from registry.errors import AnotherRunError, ArgumentError, CheckpointError, RegistryError, TargetError
 from registry.places import PathLike, local_path
 from registry.source import detect_format
 from registry.training import leftovers
@@ -300,8 +300,9 @@ class Checkpoints:
             )  # fmt: skip
         if self._durable:  # whoever wrote them, other ranks too; what is on the disk already costs nothing
             for folder, _, names in os.walk(stage):
-                for name in names:
-                    _sync_file(Path(folder, name))
+                for path in (Path(folder, name) for name in names):
+                    if path.is_file() and not path.is_symlink():
+                        sync_file(path)
 
     def _track(self, name: str) -> None:
         fresh = self.root / f".{TRACKER}.partial"
@@ -332,7 +333,7 @@ class Checkpoints:
                 if path.is_symlink():
                     raise OSError(errno.ELOOP, "it is a link to somewhere else")
                 leftovers.discard(path, durable=self._durable)
-            except (OSError, TargetError) as error:
+            except (OSError, AnotherRunError) as error:
                 why = error.strerror if isinstance(error, OSError) else error
                 pruned.notes.append(f"{path.name} cannot be removed: {why}")
             else:
@@ -349,16 +350,6 @@ class Checkpoints:
     def _seen(self, iteration: Iteration) -> tuple[Iteration, int, int]:
         stat = (self.root / place(iteration)).stat()
         return iteration, stat.st_ino, stat.st_mtime_ns
-
-
-def _sync_file(path: Path) -> None:
-    if path.is_symlink() or not path.is_file():
-        return
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _unreadable(root: Path, error: OSError) -> CheckpointError:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,77 +142,84 @@ def _replaced(path: Path, kind: Callable[[Path], None]) -> None:
     kind(path)
 
 
-for kind in KINDS:
+def of_each_kind(
+    title: str, error: type[RegistryError], *says: str, kinds: Sequence[Callable[[Path], None]] = KINDS
+) -> Callable[[Callable[..., Callable[[], object]]], Callable[..., Callable[[], object]]]:
+    """An attack for each kind: what is decorated puts one in the place of a file, and returns what reads it."""
 
-    def weights(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        source = model(folder / "source")
-        _replaced(source / "model.safetensors", kind)
-        return converting(source)
+    def register(build: Callable[..., Callable[[], object]]) -> Callable[..., Callable[[], object]]:
+        for kind in kinds:
 
-    weights.__name__ = f"weights_{kind.__name__}"
-    attack(DetectionError, "source", "no known format fits")(weights)
+            def one(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
+                return build(folder, kind)
 
-    def shard(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        source = indexed(folder / "source", "model-00001-of-00001.safetensors")
-        _replaced(source / "model-00001-of-00001.safetensors", kind)
-        return converting(source)
+            one.__name__ = f"{title}_{kind.__name__}"
+            attack(error, *says)(one)
+        return build
 
-    shard.__name__ = f"shard_{kind.__name__}"
-    attack(CheckpointError, "model-00001-of-00001.safetensors", "missing")(shard)
+    return register
 
-    def config(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        source = model(folder / "source")
-        _replaced(source / "config.json", kind)
-        return converting(source)
 
-    config.__name__ = f"config_{kind.__name__}"
-    attack(DetectionError, "source", "no config")(config)
+@of_each_kind("weights", DetectionError, "source", "no known format fits")
+def weights(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    source = model(folder / "source")
+    _replaced(source / "model.safetensors", kind)
+    return converting(source)
 
-    def items(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        run = dcp(folder / "source")
-        _replaced(folder / "source" / "__0_0.distcp", kind)
-        return run
 
-    items.__name__ = f"items_{kind.__name__}"
-    attack(CheckpointError, "__0_0.distcp", "missing")(items)
+@of_each_kind("shard", CheckpointError, "model-00001-of-00001.safetensors", "missing")
+def shard(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    source = indexed(folder / "source", "model-00001-of-00001.safetensors")
+    _replaced(source / "model-00001-of-00001.safetensors", kind)
+    return converting(source)
 
-    def rank(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        _replaced(folder / "source" / "mp_rank_00" / "model_optim_rng.pt", kind)
-        return lambda: torch_ranks.Container().open(folder / "source", "megatron-legacy")
 
-    rank.__name__ = f"rank_{kind.__name__}"
-    attack(CheckpointError, "source", "no per-rank Megatron checkpoint")(rank)
+@of_each_kind("config", DetectionError, "source", "no config")
+def config(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    source = model(folder / "source")
+    _replaced(source / "config.json", kind)
+    return converting(source)
 
-    def own_metadata(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        _replaced(folder / "source" / ".metadata", kind)
-        written(folder / "source" / "__0_0.distcp", "x")
-        return lambda: torch_dist.Container().open(folder / "source", "megatron")
 
-    own_metadata.__name__ = f"metadata_{kind.__name__}"
-    attack(CheckpointError, ".metadata", "missing")(own_metadata)
+@of_each_kind("items", CheckpointError, "__0_0.distcp", "missing")
+def items(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    run = dcp(folder / "source")
+    _replaced(folder / "source" / "__0_0.distcp", kind)
+    return run
 
-    def calibration(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        _replaced(folder / "ranges.safetensors", kind)
-        return lambda: Calibration(folder / "ranges.safetensors")
 
-    calibration.__name__ = f"calibration_{kind.__name__}"
-    attack(CheckpointError, "ranges.safetensors", "cannot be read")(calibration)
+@of_each_kind("rank", CheckpointError, "source", "no per-rank Megatron checkpoint")
+def rank(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    _replaced(folder / "source" / "mp_rank_00" / "model_optim_rng.pt", kind)
+    return lambda: torch_ranks.Container().open(folder / "source", "megatron-legacy")
 
-    def tracker(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        for iteration in ("iter_0000010", "iter_0000020"):
-            written(folder / "source" / iteration / "mp_rank_00" / "model_optim_rng.pt", "x")
-        _replaced(folder / "source" / "latest_checkpointed_iteration.txt", kind)
-        return lambda: torch_ranks.Container().open(folder / "source", "megatron-legacy")
 
-    tracker.__name__ = f"tracker_{kind.__name__}"
-    attack(CheckpointError, "source", "no tracker file")(tracker)
+@of_each_kind("metadata", CheckpointError, ".metadata", "missing")
+def own_metadata(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    _replaced(folder / "source" / ".metadata", kind)
+    written(folder / "source" / "__0_0.distcp", "x")
+    return lambda: torch_dist.Container().open(folder / "source", "megatron")
 
-    def source_itself(folder: Path, kind: Callable[[Path], None] = kind) -> Callable[[], object]:
-        _replaced(folder / "source", kind)
-        return lambda: registry.open(folder / "source")
 
-    source_itself.__name__ = f"source_{kind.__name__}"
-    attack(DetectionError if kind is directory else CheckpointError, "source")(source_itself)
+@of_each_kind("calibration", CheckpointError, "ranges.safetensors", "cannot be read")
+def calibration(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    _replaced(folder / "ranges.safetensors", kind)
+    return lambda: Calibration(folder / "ranges.safetensors")
+
+
+@of_each_kind("tracker", CheckpointError, "source", "no tracker file")
+def tracker(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    for iteration in ("iter_0000010", "iter_0000020"):
+        written(folder / "source" / iteration / "mp_rank_00" / "model_optim_rng.pt", "x")
+    _replaced(folder / "source" / "latest_checkpointed_iteration.txt", kind)
+    return lambda: torch_ranks.Container().open(folder / "source", "megatron-legacy")
+
+
+@of_each_kind("source", DetectionError, "source", kinds=[directory])
+@of_each_kind("source", CheckpointError, "source", kinds=[kind for kind in KINDS if kind is not directory])
+def source_itself(folder: Path, kind: Callable[[Path], None]) -> Callable[[], object]:
+    _replaced(folder / "source", kind)
+    return lambda: registry.open(folder / "source")
 
 
 # Paths that a user gives.
@@ -320,7 +326,9 @@ def test_the_smallest_model_is_honest(tmp_path: Path) -> None:
     registry.convert(model(tmp_path / "a"), tmp_path / "b", to="huggingface", durable=False)
     source = indexed(tmp_path / "c", "model-00001-of-00001.safetensors")
     registry.convert(source, tmp_path / "d", to="huggingface", durable=False)
-    shutil.rmtree(tmp_path / "d")
+    for name, came in (("a", "b"), ("c", "d")):
+        for path in (tmp_path / name).iterdir():
+            assert (tmp_path / came / path.name).read_bytes() == path.read_bytes()
 
 
 test_attacks = cases(__name__)

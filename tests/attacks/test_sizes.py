@@ -10,8 +10,8 @@ from typing import Any
 
 import registry
 from formats import pickles, safetensors_file, torch_dcp, torch_dist, torch_ranks
-from registry.errors import CheckpointError, MappingError
-from registry.storage import Rank
+from registry.errors import CheckpointError, DetectionError, MappingError
+from registry.storage import Opened, Rank
 from tests.attacks.bounded import archive, attack, cases, written
 from tests.attacks.test_paths import CONFIG, DCP, TENSORS, model
 
@@ -33,6 +33,15 @@ for field in FIELDS:
 
         size.__name__ = f"{field}_{title}"
         attack(MappingError)(size)
+
+
+
+@attack(DetectionError, "source", "no known architecture fits", "and ", " more")
+def a_long_text_that_every_architecture_complains_of(folder: Path) -> Callable[[], object]:
+    config = {k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")}
+    source = model(folder / "source")
+    written(source / "config.json", json.dumps({**config, "num_hidden_layers": "x" * 10_000}))
+    return lambda: registry.convert(source, folder / "target", to="megatron", durable=False)
 
 
 TENSOR_NAMES = {
@@ -136,15 +145,16 @@ def a_metadata_of_terabytes(folder: Path) -> Callable[[], object]:
 # What lies beside a model of Megatron's, and is of another form than anybody expects.
 
 
-def rank_file(folder: Path, state: dict[str, Any]) -> Callable[[], object]:
+def rank_file(folder: Path, state: dict[str, Any]) -> Callable[[], Opened]:
     written(folder / "mp_rank_00" / "model_optim_rng.pt", archive(pickles.dumps(state, protocol=2)))
 
-    def run() -> None:
+    def run() -> Opened:
         opened = torch_ranks.Container().open(folder, "megatron-legacy")
         assert opened.training is not None and opened.module_states is not None
         opened.training(None)
         opened.training(Rank())
         opened.module_states()
+        return opened
 
     return run
 
@@ -180,9 +190,13 @@ def test_odd_state_that_is_no_harm_is_read(tmp_path: Path) -> None:
     odd: list[Any] = [None, 7, "x", [], [7], {}, {"a": 1}, name, name.call(1), (1, 2)]
     for i, value in enumerate(odd):
         for key in ("optimizer", "opt_param_scheduler", "args", "rng_state", "iteration"):
-            rank_file(tmp_path / f"{i}{key}", {"model": {}, key: value})()
+            opened = rank_file(tmp_path / f"{i}{key}", {"model": {}, key: value})()
+            assert not opened.pieces
         for key in ("param_groups", "state", "optimizer", "fp32_from_fp16_params"):
-            rank_file(tmp_path / f"{i}{key}o", {"model": {}, "optimizer": {"param_groups": [{}], key: value}})()
+            opened = rank_file(
+                tmp_path / f"{i}{key}o", {"model": {}, "optimizer": {"param_groups": [{}], key: value}}
+            )()  # fmt: skip
+            assert not opened.pieces
 
 
 @attack(CheckpointError, "common.pt", "a dictionary")

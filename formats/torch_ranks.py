@@ -20,7 +20,7 @@ from registry.crc import combine
 from registry.errors import CheckpointError
 from registry.parallel import Parallel
 from registry.reading import each
-from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Request, Row, slot_bytes
+from registry.storage import FilePlan, Laid, ObjectSlot, Opened, Piece, Rank, Request, Row, slot_bytes
 
 from . import documents, extra_state, megatron_dirs, param_groups, plain, torchzip
 from .pickles import Global, brief
@@ -95,6 +95,9 @@ class Container:
         rows: dict[Rank, list[Row]] = defaultdict(list)
         for row in request.rows:
             rows[row.rank].append(row)
+        objects: dict[Rank, list[ObjectSlot]] = defaultdict(list)
+        for entry in request.objects:
+            objects[entry.rank._replace(vpp=0)].append(entry)
         files: list[FilePlan] = []
         seals: list[Callable[[Sequence[int]], Iterator[tuple[int, bytes]]]] = []
         places = [(0, 0)] * len(request.slots)
@@ -107,7 +110,7 @@ class Container:
 
         for rank in _ranks(request.parallel):
             folder = f"{root}/{_name(rank, request.parallel)}"
-            add(f"{folder}/{FILE}", _archive(request, rank, members[rank]))
+            add(f"{folder}/{FILE}", _archive(request, members[rank], objects[rank]))
             if rows[rank] or (request.rows and request.chained):
                 add(f"{folder}/{FLAT}", _flat_archive(request, rows[rank]))
         small, copies = documents.carry(request, f"{root}/")
@@ -181,8 +184,8 @@ def _name(rank: Rank, parallel: Parallel) -> str:
     return f"mp_rank_{rank.tp:02d}{pp}{ep}"
 
 
-def _archive(request: Request, rank: Rank, members: Sequence[int]) -> _Archive:
-    """The archive of one rank's model, and of what lies beside it."""
+def _archive(request: Request, members: Sequence[int], objects: Sequence[ObjectSlot]) -> _Archive:
+    """The archive of one rank's model, which are the slots `members`, and of what lies beside it."""
     chunks: dict[int, dict[str, Any]] = {vpp: {} for vpp in range(request.parallel.vpp)}
     new: dict[int, torchzip.NewTensor] = {}
     for i in members:
@@ -190,10 +193,10 @@ def _archive(request: Request, rank: Rank, members: Sequence[int]) -> _Archive:
         new[i] = chunks[slot.rank.vpp][slot.name] = torchzip.NewTensor(slot.dtype, slot.shape)
     engine = request.options.get("transformer_impl") == "transformer_engine"
     state = megatron_dirs.common_state(request)
-    for entry in request.objects:
-        if entry.rank._replace(vpp=0) == rank and entry in request.payloads:
+    for entry in objects:
+        if entry in request.payloads:
             state[entry.name] = plain.nodes(request.payloads[entry])
-        elif entry.rank._replace(vpp=0) == rank:
+        else:
             bare = entry.name.startswith("output_layer.") or not engine
             chunks[entry.rank.vpp][entry.name] = None if bare else torchzip.NewTensor("uint8", (0,))
     for vpp, chunk in chunks.items():

@@ -12,9 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from registry.api import (
         architectures,
         convert,
+        diff,
         explain,
         formats,
         inspect,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     )
     from registry.catalog import Codec, register_codec, register_container
     from registry.checkpoint import Checkpoint, View
+    from registry.comparison import Comparison
+    from registry.conversion import PlanReport, Report
     from registry.errors import (
         ArgumentError,
         CheckpointError,
@@ -40,27 +44,35 @@ if TYPE_CHECKING:
         TargetError,
         UnsafePickleError,
     )
+    from registry.explanation import Explanation
+    from registry.inspection import Inspection
     from registry.parallel import Parallel
     from registry.storage import Rank
     from registry.training.loading import Loaded, load
     from registry.training.manager import Checkpoints
     from registry.training.retention import Retention
     from registry.training.saving import Saved, save
+    from registry.verification import Verification
 
 _HOMES = {
-    "registry.api": ("architectures convert explain formats inspect open plan register schema stream verify"),
+    "registry.api": ("architectures convert diff explain formats inspect open plan register schema stream verify"),
     "registry.catalog": "Codec register_codec register_container",
     "registry.checkpoint": "Checkpoint View",
+    "registry.comparison": "Comparison",
+    "registry.conversion": "PlanReport Report",
     "registry.errors": (
         "ArgumentError CheckpointError DetectionError ExperimentalError LayoutError MappingError ParallelError "
         "RegistryError SpecError TargetError UnsafePickleError"
     ),
+    "registry.explanation": "Explanation",
+    "registry.inspection": "Inspection",
     "registry.training.loading": "Loaded load",
     "registry.parallel": "Parallel",
     "registry.training.manager": "Checkpoints",
     "registry.training.retention": "Retention",
     "registry.training.saving": "Saved save",
     "registry.storage": "Rank",
+    "registry.verification": "Verification",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -70,23 +82,30 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Codec",
+    "Comparison",
     "DetectionError",
     "ExperimentalError",
+    "Explanation",
+    "Inspection",
     "LayoutError",
     "Loaded",
     "MappingError",
     "Parallel",
     "ParallelError",
+    "PlanReport",
     "Rank",
     "RegistryError",
+    "Report",
     "Retention",
     "Saved",
     "SpecError",
     "TargetError",
     "UnsafePickleError",
+    "Verification",
     "View",
     "architectures",
     "convert",
+    "diff",
     "explain",
     "formats",
     "inspect",
@@ -103,16 +122,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    if name == "__version__":
-        from registry.version import library_version
+if not TYPE_CHECKING:  # or any misspelt name would have a type
 
-        return library_version()
-    raise AttributeError(f"module 'registry' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            value = getattr(import_module(_HOME[name]), name)
+            globals()[name] = value
+            return value
+        if name == "__version__":
+            from registry.version import library_version
+
+            return library_version()
+        raise AttributeError(f"module 'registry' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from registry.checkpoint import Checkpoint
+    from registry.comparison import Comparison
     from registry.conversion import PlanReport, Report
     from registry.execute import Progress
     from registry.explanation import Explanation
@@ -137,13 +138,14 @@ def stream(
 
 @checked(rule("a and b are not empty", lambda a, b: os.fspath(a) != "" and (b is None or os.fspath(b) != "")))
 def verify(
-    a: PathLike, b: PathLike | None = None, *, config: Config | None = None, architecture: str | None = None
-) -> Verification:
+    a: PathLike, b: PathLike | None = None, *, config: Config | None = None, architecture: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:  # fmt: skip
     """Is a checkpoint what was written, and with `b`, are two the same model? Tolerance is zero.
 
     Every file and tensor is compared with the manifest that this library writes beside what it writes. With `b`, the
     two are compared, in any formats and layouts, by a digest of every logical tensor; a side that carries no config is
-    read with the other's, or with `config` and `architecture`.
+    read with the other's, or with `config` and `architecture`. `progress` is called with (bytes done, bytes in all).
 
     The result is true where all is well, and lists every difference where it is not. Raises CheckpointError for one
     checkpoint alone that has no manifest.
@@ -152,16 +154,36 @@ def verify(
     from registry.verification import alone
     from registry.verification import verify as run
 
-    return alone(place(a)) if b is None else run(a, b, config=config, architecture=architecture)
+    if b is None:
+        return alone(place(a), progress)
+    return run(a, b, config=config, architecture=architecture, progress=progress)
+
+
+@checked(rule("a and b are not empty", lambda a, b: os.fspath(a) != "" and os.fspath(b) != ""))
+def diff(
+    a: PathLike, b: PathLike, *, config: Config | None = None, architecture: str | None = None,
+    progress: Progress | None = None,
+) -> Comparison:  # fmt: skip
+    """How two checkpoints differ, of any formats, layouts, types and shapes: facts, tensors, and by how much values do.
+
+    Arguments and errors are those of `verify`. `equal` of the result says whether there is any difference but of format
+    and layout. Both are read side by side, in memory that does not grow with them.
+    """
+    from registry.comparison import diff as run
+
+    return run(a, b, config=config, architecture=architecture, progress=progress)
 
 
 @checked(_some_path)
 def inspect(source: PathLike, *, config: Config | None = None, architecture: str | None = None) -> Inspection:
-    """What a checkpoint holds: format, architecture, parameters, types, parallel layout, and what is odd about it."""
-    from registry.inspection import inspection
-    from registry.source import load
+    """What a checkpoint holds: format, architecture, parameters, types, parallel layout, and what is odd about it.
 
-    return inspection(load(source, config=config, architecture=architecture))
+    Where no architecture can be told, or none fits, `problem` of the result says why, and the rest what is known all
+    the same; with `config` or `architecture` that is an error.
+    """
+    from registry.inspection import inspect as run
+
+    return run(source, config=config, architecture=architecture)
 
 
 @checked(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from attrs import frozen
@@ -109,7 +109,20 @@ def _product_size(factors: Sequence[Node], box: Box) -> int:
     return math.prod(node_size(factor, box) for factor in factors)
 
 
+def _part_size(node: Product, box: Box) -> int:
+    """How long each of the parts of an axis is that a layout takes apart."""
+    size = _product_size(node.factors, box)
+    if size % node.parts:
+        raise LayoutError(
+            f"{node} does not divide", expected=f"a size that {node.parts} divides", found=f"size {size}",
+            hint="check the sizes that the config says",
+        )  # fmt: skip
+    return size // node.parts
+
+
 def _whole_size(node: Product | Sum, box: Box) -> int:
+    if isinstance(node, Product) and node.parts > 1:
+        return _part_size(node, box) if node.factors else node.parts
     if isinstance(node, Product):
         return _product_size(node.factors, box)
     return sum(_product_size(part.factors, box) for part in node.parts if box.has(part))
@@ -137,7 +150,11 @@ def _along(node: Node, tensor: str, box: Box) -> list[_Along]:
         if node.name in box.limits:
             size = max(0, min(size, box.limits[node.name] - lo))
         return [_Along(0, ((node.name, lo, size, 1),))]
-    if isinstance(node, Product):
+    if isinstance(node, Product) and node.parts > 1:
+        if not node.factors:  # which of the parts: each is a box of its own, see `_joined`
+            return [_Along(part, ((f"/{node.parts}", part, 1, 1),)) for part in range(node.parts)]
+        found = [_Along(0, ((str(node), 0, _part_size(node, box), 1),))]
+    elif isinstance(node, Product):
         found = _along_product(node.factors, tensor, box)
     else:
         found, base = [], 0
@@ -201,7 +218,7 @@ def fragments(
             [cut for along in _along(dim, tensor, box) for cut in _cut(along, offset, size)]
             for dim, (offset, size) in zip(layout.dims, piece, strict=True)
         ]
-        found += [_fragment(tensor, combination, steps) for combination in itertools.product(*per_dim)]
+        found += [_fragment(tensor, combination, steps, box) for combination in itertools.product(*per_dim)]
     return [fragment for fragment in found if fragment.volume]
 
 
@@ -228,12 +245,14 @@ def stretch(fragment: Fragment, first: int, count: int) -> list[Fragment]:
     return found
 
 
-def _fragment(tensor: str, per_dim: Sequence[_Along], steps: Sequence[int]) -> Fragment:
+def _fragment(tensor: str, per_dim: Sequence[_Along], steps: Sequence[int], box: Box) -> Fragment:
     axes = [
         (name, lo, size, stride * step)
         for along, step in zip(per_dim, steps, strict=True)
         for name, lo, size, stride in along.axes
     ]
+    if any("/" in a[0] for a in axes):
+        axes = list(_joined(axes, box))
     return Fragment(
         tensor,
         tuple(a[0] for a in axes),
@@ -242,6 +261,16 @@ def _fragment(tensor: str, per_dim: Sequence[_Along], steps: Sequence[int]) -> F
         tuple(a[3] for a in axes),
         sum(along.base * step for along, step in zip(per_dim, steps, strict=True)),
     )
+
+
+def _joined(axes: Sequence[tuple[str, int, int, int]], box: Box) -> Iterator[tuple[str, int, int, int]]:
+    """The axes with those that are taken apart in one again: where its part begins, and the places within the part."""
+    parts = {name[1:]: lo for name, lo, _, _ in axes if name.startswith("/")}
+    for name, lo, size, stride in axes:
+        axis, _, count = name.partition("/")
+        if axis:
+            first = parts[count] * (box.sizes[axis] // int(count)) if count else 0
+            yield axis, first + lo, size, stride
 
 
 def interval(size: int, index: int, count: int, what: str, *, replicate: bool = False) -> tuple[int, int]:
@@ -265,8 +294,11 @@ def interval(size: int, index: int, count: int, what: str, *, replicate: bool = 
 def views(layout: Layout, stored: torch.Tensor, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Logical tensor -> its view of `stored`, axes in stored order. No element is copied.
 
-    `stored` is a torch tensor of shape `shape(layout, Box(sizes))`, of any strides. Raises LayoutError.
+    `stored` is a torch tensor of shape `shape(layout, Box(sizes))`, of any strides. Raises LayoutError, also where axes
+    are taken apart: those are no views.
     """
+    if axes := layout.split():
+        raise LayoutError("no view has an axis that is taken apart", where=layout, found=", ".join(sorted(axes)))
     expected, found = shape(layout, Box(sizes)), tuple(stored.shape)
     if found != expected:
         raise LayoutError("shape disagrees with the layout", where=layout, expected=expected, found=found)

@@ -6,7 +6,10 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from registry import catalog
 from registry.changes import check_unchanged
@@ -19,6 +22,7 @@ from registry.prepare import fitted, merged_options, prepare_target
 from registry.rules import known_dtype, known_format
 from registry.source import Source
 from registry.storage import Rank, slot_bytes
+from registry.tables import MOST, Table, html
 from registry.validation import checked
 
 if TYPE_CHECKING:
@@ -118,6 +122,10 @@ class View(Mapping[str, "torch.Tensor"]):
     def __repr__(self) -> str:
         return f"View({self.format!r}, {len(self)} tensors, {self.parallel})"
 
+    def _repr_html_(self) -> str:
+        rows = [(name, self.dtype(name), list(self.shape(name))) for name in islice(self, MOST)]
+        return html(Table(repr(self), ("name", "type", "shape"), rows), len(self))
+
 
 class Checkpoint:
     """A checkpoint on disk. Opening reads headers and metadata; tensors are read when asked for."""
@@ -190,6 +198,10 @@ class Checkpoint:
         count = sum(math.prod(shape) for shape in self.tensors.values())
         return f"Checkpoint({self.path!r}, {self.architecture}, {self.format}, {count:,} parameters)"
 
+    def _repr_html_(self) -> str:
+        rows = [(name, list(shape)) for name, shape in self.tensors.items()]
+        return html(Table(repr(self), ("logical tensor", "shape"), rows))
+
 
 def stream(source: Source, to: str, parallel: Parallel | None, rank: Rank | None, dtype: str | None,
            options: Mapping[str, Any] | None) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
@@ -225,9 +237,11 @@ def stored_names(source: Source, tensor: str, index: Mapping[str, int]) -> list[
     names: list[str] = []
     for group in source.bound.groups:
         if any(holds(f) for f in group.fragments):
-            for k, member in enumerate(group.members):
-                if all(int(column[k]) == index.get(axis, int(column[k])) for axis, column in group.index.items()):
-                    names.append(source.opened.pieces[int(member)].name)
+            wanted = np.ones(len(group.members), dtype=bool)
+            for axis, column in group.index.items():
+                if axis in index:
+                    wanted &= column == index[axis]
+            names += [source.opened.pieces[int(member)].name for member in group.members[wanted]]
     if not names:
         raise MappingError(f"{tensor} is stored nowhere", where=source.opened.path)
     return list(dict.fromkeys(names))

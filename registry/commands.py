@@ -13,15 +13,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import registry
-from registry.errors import ArgumentError
+from registry.errors import ArgumentError, TargetError
 
 if TYPE_CHECKING:
     import torch
 
     from registry.checkpoint import View
+    from registry.conversion import PlanReport
+    from registry.explanation import Explanation
     from registry.progress import ProgressLine
 
 DONE, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -51,27 +54,41 @@ def convert(args: argparse.Namespace) -> Outcome:
 
 
 def plan(args: argparse.Namespace) -> Outcome:
-    """Say what convert would do with the same options: files, bytes and copies. Writes nothing."""
+    """Say what convert would do with the same options: files, bytes, memory and time. Writes nothing.
+
+    With DST, time is measured: a part of the work is done there for about a second, and leaves nothing behind.
+    """
     report = registry.plan(args.source, **_wanted(args), **_reading(args))
-    return Outcome(str(report), report.as_dict())
+    _draw(args, report)
+    estimate = report.estimate(args.target, threads=args.threads)
+    return Outcome(f"{report}\n{estimate}", {**report.as_dict(), "estimate": estimate.as_dict()})
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
-    """Say what a checkpoint holds. Reads headers only."""
+    """Say what a checkpoint holds and what can be done with it. Reads headers only. Exit code 1: nothing, as it is."""
     found = registry.inspect(args.path, **_reading(args))
-    return Outcome(str(found), found.as_dict())
+    return Outcome(str(found), found.as_dict(), REFUSED if found.problem else DONE)
 
 
 def verify(args: argparse.Namespace) -> Outcome:
     """Compare a checkpoint with its manifest, or two, in any formats and layouts. Exit code 1: they differ."""
-    result = registry.verify(args.a, args.b, **_reading(args))
+    with _progress(args) as progress:
+        result = registry.verify(args.a, args.b, **_reading(args), progress=progress)
     return Outcome(str(result), result.as_dict(), DONE if result else REFUSED)
+
+
+def diff(args: argparse.Namespace) -> Outcome:
+    """Say how two checkpoints differ, in any formats, layouts, types and shapes. Exit code 1: they do."""
+    with _progress(args) as progress:
+        result = registry.diff(args.a, args.b, **_reading(args), progress=progress)
+    return Outcome(str(result), result.as_dict(), DONE if result.equal else REFUSED)
 
 
 def explain(args: argparse.Namespace) -> Outcome:
     """Show which logical tensors TENSOR holds, by which rule, and with --to where each part lies in that format."""
     wanted = _wanted(args) if args.to else {"dtype": args.dtype}
     found = registry.explain(args.path, args.tensor, **wanted, **_reading(args))
+    _draw(args, found)
     return Outcome(str(found), found.as_dict())
 
 
@@ -144,7 +161,49 @@ def architectures(args: argparse.Namespace) -> Outcome:
 
 def schema(args: argparse.Namespace) -> Outcome:
     """Print the JSON Schema of spec files, for editors and other tools."""
-    return Outcome("", registry.schema())
+    found = registry.schema()
+    return Outcome(json.dumps(found, indent=2), found)
+
+
+def _draw(args: argparse.Namespace, found: PlanReport | Explanation) -> None:
+    """Write the page that --html asks for. Raises TargetError."""
+    if args.html is None:
+        return
+    try:
+        Path(args.html).write_text(found.html(), encoding="utf-8")
+    except OSError as error:
+        raise TargetError(
+            "the page cannot be written", where=args.html, expected="a file in a directory that is there",
+            found=error.strerror, hint="name another FILE",
+        ) from None  # fmt: skip
+
+
+def new_architecture(args: argparse.Namespace) -> Outcome:
+    """Draft the spec of a model that no known architecture fits, of its config and headers. Marks its doubts `?:`."""
+    from registry.drafting import draft
+
+    made = draft(Path(args.path), name=args.name)
+    text = made.text()
+    if args.out is None:
+        return Outcome(text.rstrip("\n"), made.data())
+    out = Path(args.out)
+    if out.exists():
+        raise TargetError(
+            "the file is there already", where=out, expected="a name that is free", found="a file",
+            hint="give another one, or remove it",
+        )  # fmt: skip
+    out.write_text(text, encoding="utf-8")
+    tensors = sum(map(len, made.tensors.values()))
+    said = f"{out}: {tensors} rules, {len(made.doubts)} doubts, each marked `?:`"
+    return Outcome(said, {"file": str(out), "rules": tensors, "doubts": made.doubts})
+
+
+def completion(args: argparse.Namespace) -> Outcome:
+    """Print what a shell has to read so that it completes this command: its flags, formats, families and paths."""
+    from registry.completion import script
+
+    text = script(args.grammar, args.shell)
+    return Outcome(text.rstrip("\n"), {"shell": args.shell, "script": text})
 
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:

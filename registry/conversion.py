@@ -18,21 +18,28 @@ from registry.commit import check_target, staged, write_small
 from registry.dtypes import dtype_name
 from registry.engines.work import Order, Work, made, planned, together, writing
 from registry.errors import ArgumentError
+from registry.estimate import Estimate, estimated
 from registry.execute import Progress
 from registry.losses import Loss, Watch
 from registry.parallel import Parallel
+from registry.pictures.page import page
+from registry.pictures.scene import Side, everything, scene
 from registry.places import PathLike, is_remote, place
 from registry.planning import Copies, Plan
 from registry.prepare import Prepared, lay_out
 from registry.remote import RemotePath
 from registry.storage import Laid, small_bytes
+from registry.tables import Shown, Table
 
 if TYPE_CHECKING:
     import torch
 
+#: Files that a plan lists as text; `files` has them all.
+_FILES = 40
 
-@frozen
-class Report:
+
+@frozen(repr=False)
+class Report(Shown):
     """What a conversion did, or would do."""
 
     source: str
@@ -55,11 +62,25 @@ class Report:
         """Plain data, for JSON."""
         return asdict(self)
 
+    def table(self) -> Table:
+        """The report without its notes."""
+        rows = [
+            ("source", self.source), ("target", self.target or "-"), ("layout", self.parallel),
+            ("writes", f"{self.tensors:,} tensors in {self.files:,} files, {self.nbytes / 1e6:,.1f} MB"),
+            *([("took", f"{self.seconds:.2f} s")] if self.target else []),
+            *(("note", note) for note in self.notes), *(("lossy", line.strip()) for line in _loss_lines(self.losses)),
+        ]  # fmt: skip
+        return Table(self._headline(), (), rows)
+
+    def _headline(self) -> str:
+        return f"{self.architecture}: {self.source_format} -> {self.target_format} ({self.parallel})"
+
     def __str__(self) -> str:
-        speed = f", {self.nbytes / self.seconds / 1e9:.2f} GB/s" if self.seconds > 0 and self.target else ""
+        speed = f", {self.nbytes / self.seconds / 1e9:.2f} GB/s" if self.seconds > 0 else ""
+        took = f", {self.seconds:.2f} s{speed}" if self.target else ""
         lines = [
-            f"{self.architecture}: {self.source_format} -> {self.target_format} ({self.parallel})",
-            f"  {self.tensors} tensors in {self.files} files, {self.nbytes / 1e6:.1f} MB, {self.seconds:.2f} s{speed}",
+            self._headline(),
+            f"  {self.tensors} tensors in {self.files} files, {self.nbytes / 1e6:.1f} MB{took}",
         ]
         lines += [f"  found {variant}: {choice}" for variant, choice in self.variants.items()]
         reasons: dict[str, int] = {}
@@ -215,8 +236,8 @@ def _of_ranks(work: Work, ranks: Sequence[int]) -> Work:
     return evolve(work, prepared=evolve(work.prepared, plan=own.plan, target=target), laid=own.laid)
 
 
-@frozen(eq=False, slots=False)
-class PlanReport:
+@frozen(eq=False, slots=False, repr=False)
+class PlanReport(Shown):
     """What a conversion would do. `report` sums it up; `files` and `copies()` say it file by file and box by box."""
 
     plan: Plan
@@ -248,19 +269,42 @@ class PlanReport:
         files |= {name: len(small_bytes(small)) for name, small in self.laid.small.items()}
         return files | {name: path.stat().st_size for name, path in self.laid.copies.items()}
 
+    def estimate(self, target: PathLike | None = None, *, threads: int | None = None) -> Estimate:
+        """What the conversion will read, write and take; with a `target`, measured there for about a second."""
+        return estimated(self.prepared, self.laid, sum(self.files.values()), target, threads, self.seconds)
+
     def copies(self) -> list[dict[str, Any]]:
         """Each group of equal copies: the tensor, its box, and how many times it is repeated."""
         return [_describe(copies) for copies in self.plan.copies]
+
+    def html(self) -> str:
+        """A page that draws every stored tensor, source beside target: open it in any browser."""
+        source, target, to = self.prepared.source, self.prepared.target, self.prepared.spec
+        facts = [
+            ("source", str(source.opened.path)), ("architecture", source.architecture.name),
+            ("layout", str(self.prepared.parallel)), ("copies", f"{self.plan.nbytes / 1e6:,.1f} MB"),
+        ]  # fmt: skip
+        sides = (
+            Side("source", source.spec.name, source.spec.ranked, source.opened.pieces, everything(source.bound.groups)),
+            Side("target", to.name, to.ranked, target.slots, everything(target.groups)),
+        )
+        title = f"{source.architecture.name}: {source.spec.name} \N{RIGHTWARDS ARROW} {to.name}"
+        return page(scene(title, facts, sides, source.model))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {**self.report.as_dict(), "file_sizes": self.files, "copy_groups": self.copies()}
 
+    def table(self) -> Table:
+        """The report, and every file."""
+        rows = [*self.report.table().rows, *((name, f"{size:,} bytes") for name, size in self.files.items())]
+        return Table(self.report.table().caption, (), rows)
+
     def __str__(self) -> str:
-        lines = [
-            str(self.report).replace(", 0.00 s", ""),
-            *(f"  {size:>14} bytes  {name}" for name, size in self.files.items()),
-        ]
+        shown = list(self.files.items())[:_FILES]
+        lines = [str(self.report), *(f"  {size:>14} bytes  {name}" for name, size in shown)]
+        if len(self.files) > _FILES:
+            lines.append(f"  {'':>14}        and {len(self.files) - _FILES:,} more files")
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from attrs import frozen
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -164,6 +165,17 @@ def encoding_codec(name: str) -> Codec:
     return _codecs[name]
 
 
+def block_codec(name: str) -> Blocks:
+    """The codec called `name`, which writes too. Raises SpecError."""
+    found = encoding_codec(name)
+    if not isinstance(found, Blocks):
+        raise SpecError(
+            f"the codec {name!r} is only read", expected="one that is registered as Blocks",
+            hint="register_encoding_codec(name, Blocks(...))",
+        )  # fmt: skip
+    return found
+
+
 class ScaledBlocks:
     """Values of one byte, each times the scale of its block of rows and columns: float32(value) * float32(scale)."""
 
@@ -265,6 +277,43 @@ class Mxfp4:
         index = packed.reshape(*scales.shape, 16) + (scales * 256)[:, :, None]
         values = _looked_up(_fp4_pairs(self._dtype), index, self._dtype).flatten(1)
         return values[:, begin - first * 32 : end - first * 32]
+
+
+@frozen
+class Blocks:
+    """A codec of one tensor of bytes: every `columns` values of a row in a block of `nbytes` bytes, read and written.
+
+    `encode` makes bytes, (blocks, `nbytes`), of float32 values, (blocks, `columns`), and `decode` values of bytes. A
+    quantisation may name it too (`blocks`).
+    """
+
+    columns: int
+    nbytes: int
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, parts: Mapping[str, Part], dtype: str) -> Decoder:
+        """As in `Codec`."""
+        shape = parts[TENSOR].shape
+        if not shape or shape[-1] % self.nbytes:
+            raise Unfit(TENSOR, f"rows of {self.nbytes} bytes for every {self.columns} values", shape)
+        return _InBlocks(self, (*shape[:-1], shape[-1] // self.nbytes * self.columns))
+
+
+@frozen
+class _InBlocks:
+    """Values of a tensor of blocks."""
+
+    blocks: Blocks
+    shape: tuple[int, ...]
+
+    def decode(self, read: Read, rows: Ints, begin: int, end: int) -> torch.Tensor:
+        """As in `Decoder`."""
+        columns, nbytes = self.blocks.columns, self.blocks.nbytes
+        first, last = begin // columns, -(-end // columns)
+        raw = read(TENSOR, self.shape[-1] // columns * nbytes, rows, first * nbytes, last * nbytes)
+        values = self.blocks.decode(raw.reshape(-1, nbytes)).reshape(len(rows), -1)
+        return values[:, begin - first * columns : end - first * columns]
 
 
 def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:

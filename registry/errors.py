@@ -59,6 +59,12 @@ class RegistryError(Exception):
         super().__setstate__(state)
         self.args = (self._text(),)  # unpickling has made one of the text alone, which then says what to do twice
 
+    @property
+    def brief(self) -> str:
+        """The message without the class's own advice, to stand within that of another error."""
+        text = str(self)
+        return text if self.advice is None else text.removesuffix(f"\n  to do: {self.advice}")
+
     def _text(self) -> str:
         lines = [_shown(self.problem)]
         for label, value in (("where", self.where), ("expected", self.expected), ("found", self.found)):
@@ -78,9 +84,13 @@ class RegistryError(Exception):
 class LayoutError(RegistryError):
     """A layout string is wrong, or does not fit the axes and shapes it is used with."""
 
+    advice = "correct the layout: docs/notation.md shows every construct"
+
 
 class SpecError(RegistryError):
     """An architecture or format spec is wrong, or names something that is not there."""
+
+    advice = "correct the spec: docs/notation.md says what it may hold, and `registry schema` tells an editor"
 
 
 class CheckpointError(RegistryError):
@@ -94,11 +104,17 @@ class UnsafePickleError(CheckpointError):
 
 
 class DetectionError(RegistryError):
-    """The format or architecture of a checkpoint is unknown or ambiguous; the candidates are listed."""
+    """The format or architecture of a checkpoint is unknown or ambiguous; `candidates` are those that fit."""
+
+    advice = "name the directory of the checkpoint itself, and its model with architecture= or config="
+
+    candidates: tuple[str, ...] = ()
 
 
 class MappingError(RegistryError):
     """Specs and checkpoint disagree: a tensor without a rule, a missing tensor, a shape that does not fit."""
+
+    advice = "check that no file is missing and that the config belongs to these tensors"
 
 
 class ParallelError(RegistryError):
@@ -110,6 +126,8 @@ class ParallelError(RegistryError):
 class TargetError(RegistryError):
     """The target cannot be written: not empty, inside the source, read-only, or the disk is full."""
 
+    advice = "choose another target; what was there before is untouched"
+
 
 class AnotherRunError(TargetError):
     """Another run is writing the same target."""
@@ -118,6 +136,10 @@ class AnotherRunError(TargetError):
 class ArgumentError(RegistryError, ValueError):
     """A call of the public surface with arguments that break a rule; every broken rule is listed."""
 
+    advice = "correct the argument: help() of the function, or --help of the command, says what it takes"
+
 
 class ExperimentalError(RegistryError):
     """An experimental function or class was used without switching experimental features on."""
+
+    advice = "switch experimental features on, or do without"

@@ -11,7 +11,9 @@ from __future__ import annotations
 import bisect
 import math
 import os
+import shutil
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -28,7 +30,7 @@ from registry.errors import MappingError, TargetError
 from registry.files import SourceFiles, TargetFiles
 from registry.losses import Watch
 from registry.planning import Plan
-from registry.storage import Laid, Opened, Piece, Slot, cut, slot_bytes
+from registry.storage import FilePlan, Laid, Opened, Piece, Slot, cut, slot_bytes
 
 __all__ = [
     "TILE",
@@ -142,7 +144,7 @@ class _Run:
     """One execution: shared state of the workers."""
 
     filler: Assembler
-    targets: TargetFiles
+    targets: TargetFiles | _Sink
     laid: Laid
     places: _Places
     queue: _Queue
@@ -242,6 +244,51 @@ def execute(
                 hint="free space or choose another target; what was there before is untouched",
             ) from error  # fmt: skip
     return crcs
+
+
+def sample(
+    plan: Plan, opened: Opened, laid: Laid, slots: Sequence[Slot], root: Path, *,
+    threads: int, seconds: float, most: int,
+) -> tuple[int, float]:  # fmt: skip
+    """Do a part of the work, spread over all of it, for so many seconds or bytes, with files at `root` to write to.
+
+    The files lose their names at once, so that nothing of them is left whatever happens. Returns the bytes that were
+    written and synced, and the seconds that it took.
+    """
+    places = _places(laid, np.fromiter(map(slot_bytes, slots), np.int64, len(slots)))
+    jobs = list(_jobs(places))
+    step = max(1, sum(job.end - job.begin for job in jobs) // most)
+    files = [FilePlan(str(i), 0, []) for i in range(min(threads, len(laid.files)))]
+    with SourceFiles(opened.files, opened.stamps) as sources, TargetFiles(root, files, durable=True) as targets:
+        shutil.rmtree(root)
+        filler = assembler(plan, opened, sources, slots)
+        sink = _Sink(targets, [0] * len(files))
+        run = _Run(filler, sink, laid, places, _Queue(_by_source(jobs[::step], places, filler)), None, 0)
+        timer = threading.Timer(seconds, run.stop.set)
+        start = time.perf_counter()
+        timer.start()
+        try:
+            _run_all(run, threads)
+            targets.sync()
+        finally:
+            timer.cancel()
+        return sum(sink.ends), time.perf_counter() - start
+
+
+@define
+class _Sink:
+    """Takes what is written to any file, and appends it to one of a few."""
+
+    targets: TargetFiles
+    ends: list[int]
+    lock: threading.Lock = field(factory=threading.Lock)
+
+    def write(self, file: int, offset: int, data: memoryview) -> None:
+        file %= len(self.ends)
+        with self.lock:
+            end = self.ends[file]
+            self.ends[file] += len(data)
+        self.targets.write(file, end, data)
 
 
 def default_threads(remote: bool = False) -> int:

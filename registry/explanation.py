@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 
 from registry import catalog
-from registry.boxes import Fragment
+from registry.boxes import Fragment, contiguous
 from registry.errors import MappingError
 from registry.groups import Group
 from registry.model import LogicalModel
 from registry.parallel import Parallel
+from registry.pictures.geometry import position
+from registry.pictures.page import page
+from registry.pictures.scene import Side, scene
 from registry.places import is_path
 from registry.prepare import fitted, merged_options, prepare_target
 from registry.source import Source
 from registry.storage import Opened, Piece, Rank, Slot
+from registry.tables import Shown, Table
 
 Box = dict[str, tuple[int, int]]
 
@@ -63,18 +67,36 @@ class Stored:
     parts: tuple[Part, ...]
 
 
-@frozen
-class Explanation:
+@frozen(repr=False)
+class Explanation(Shown):
     """Every stored tensor of a name, or that holds a logical tensor; `to` is the other format, if one was asked for."""
 
     path: str
     tensor: str
     stored: tuple[Stored, ...]
     to: str | None = None
+    _sides: tuple[Side, ...] = field(default=(), repr=False, eq=False)
+    _model: LogicalModel | None = field(default=None, repr=False, eq=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return asdict(self)
+        return asdict(self, filter=lambda attribute, _: not attribute.name.startswith("_"))
+
+    def html(self) -> str:
+        """A page that draws these stored tensors, source beside target: open it in any browser."""
+        assert self._model is not None
+        facts = [("checkpoint", self.path), ("tensor", self.tensor), *([("in terms of", self.to)] if self.to else [])]
+        return page(scene(f"{self.tensor}: where it lies", facts, self._sides, self._model))
+
+    def table(self) -> Table:
+        """Every logical box, and where it lies on the other side."""
+        rows = [
+            (one.name + _spoken(one.rank), part.tensor, _shown(part.box), "; ".join(at.name for at in part.places))
+            for one in self.stored
+            for part in one.parts
+        ]
+        against = f", and in {self.to}" if self.to else ""
+        return Table(f"{self.tensor} in {self.path}{against}", ("stored", "holds", "box", "other side"), rows)
 
     def __str__(self) -> str:
         return "\n".join(line for one in self.stored for line in _lines(one))
@@ -150,8 +172,6 @@ class _Side:
             path = self.opened.files[entry.file]
             if is_path(path):
                 file, begin = os.path.relpath(path, self.opened.path), entry.begin
-        coding = group.coding
-        said = [f"{name} {value}" for name, value in coding._asdict().items() if value not in (None, 1.0, 0.0)]
         parts = []
         for fragment in group.fragments:
             box = self.box(group, fragment, k)
@@ -159,7 +179,7 @@ class _Side:
             parts.append(Part(fragment.tensor, box, _element(fragment.offset, entry), places))
         return Stored(
             entry.name, self.format, self.rank(entry), entry.dtype, entry.shape, entry.origin, entry.whole, file,
-            begin, group.pattern, group.layout, ", ".join(said) or None, tuple(parts),
+            begin, group.pattern, group.layout, str(group.coding) or None, tuple(parts),
         )  # fmt: skip
 
     def box(self, group: Group, fragment: Fragment, k: int) -> Box:
@@ -172,16 +192,29 @@ class _Side:
 
     def places(self, tensor: str, box: Box) -> Iterator[Place]:
         """Everywhere that a part of a logical box lies."""
+        for group, fragment, k, common in self.overlapping(tensor, box):
+            entry = self.entries[int(group.members[k])]
+            inner = zip(fragment.axes, fragment.lo, fragment.stride, strict=True)
+            offset = fragment.offset + sum((common[a][0] - lo) * step for a, lo, step in inner)
+            ordered = {axis: common[axis] for axis in box if axis in common}
+            yield Place(entry.name, self.rank(entry), ordered, _element(offset, entry))
+
+    def overlapping(self, tensor: str, box: Box) -> Iterator[tuple[Group, Fragment, int, Box]]:
+        """Every member with a fragment that has something in common with a logical box, and what."""
         for group in self.groups:
             for fragment in group.fragments:
-                if self.model.home(fragment.tensor) != self.model.home(tensor):
-                    continue
-                for k, common in _overlaps(group, fragment, box):
-                    entry = self.entries[int(group.members[k])]
-                    inner = zip(fragment.axes, fragment.lo, fragment.stride, strict=True)
-                    offset = fragment.offset + sum((common[a][0] - lo) * step for a, lo, step in inner)
-                    ordered = {axis: common[axis] for axis in box if axis in common}
-                    yield Place(entry.name, self.rank(entry), ordered, _element(offset, entry))
+                if self.model.home(fragment.tensor) == self.model.home(tensor):
+                    for k, common in _overlaps(group, fragment, box):
+                        yield group, fragment, k, common
+
+    def drawn(self, members: Iterable[tuple[Group, int]], title: str) -> Side:
+        """These members as one side of a page."""
+        picks: dict[int, tuple[Group, list[int]]] = {}
+        for group, k in dict.fromkeys(members):
+            picks.setdefault(id(group), (group, []))[1].append(k)
+        return Side(
+            title, self.format, self.ranked, self.entries, [(group, np.array(ks)) for group, ks in picks.values()]
+        )
 
 
 def _overlaps(group: Group, fragment: Fragment, box: Box) -> Iterator[tuple[int, Box]]:
@@ -202,12 +235,9 @@ def _overlaps(group: Group, fragment: Fragment, box: Box) -> Iterator[tuple[int,
 
 def _element(offset: int, entry: Piece | Slot) -> tuple[int, ...]:
     """The index in the whole stored tensor of the element that lies at an offset of the piece."""
-    found = []
-    for n in reversed(entry.shape):
-        found.append(offset % n if n else 0)
-        offset //= n or 1
-    origin = entry.origin or (0,) * len(found)
-    return tuple(at + begin for at, begin in zip(reversed(found), origin, strict=True))
+    strides, (begin, _) = getattr(entry, "strides", None), getattr(entry, "stretch", None) or (0, 0)
+    index = position(offset + begin, entry.shape, contiguous(entry.shape) if strides is None else strides)
+    return tuple(at + first for at, first in zip(index, entry.origin or (0,) * len(index), strict=True))
 
 
 def explain(
@@ -229,13 +259,27 @@ def explain(
         own = _Side(own.format, made.bound.groups, made.opened.pieces, made.model, own.ranked, made.opened)
         other = _Side(to, target.groups, target.slots, made.model, spec.ranked)
     sides = [(own, other), *([(other, own)] if other else [])]
-    stored = [side.stored(group, k, far) for side, far in sides for group, k in side.named(tensor)]
-    stored = stored or [own.stored(group, k, other) for group, k in own.holding(tensor)]
-    if not stored:
+    members = [(side, far, *member) for side, far in sides for member in side.named(tensor)]
+    members = members or [(own, other, *member) for member in own.holding(tensor)]
+    if not members:
         names = dict.fromkeys(entry.name for side, _ in sides for entry in side.entries)
         raise MappingError(
             f"there is no tensor {tensor!r}", where=source.opened.path, expected="a stored or logical tensor",
             found=", ".join(get_close_matches(tensor, [*names, *source.model.tensors], 3)) or "nothing like it",
             hint="give a name as registry inspect, or registry view with a pattern, shows it",
         )  # fmt: skip
-    return Explanation(str(source.opened.path), tensor, tuple(stored), to)
+    stored = tuple(side.stored(group, k, far) for side, far, group, k in members)
+    titles = ["source", "target"] if other else ["stored"]
+    drawn = tuple(side.drawn(_beside(side, members), title) for (side, _), title in zip(sides, titles, strict=True))
+    return Explanation(str(source.opened.path), tensor, stored, to, drawn, own.model)
+
+
+def _beside(side: _Side, members: Sequence[tuple[_Side, _Side | None, Group, int]]) -> Iterator[tuple[Group, int]]:
+    """Of these members those of one side, and those of it that hold what the other side's do."""
+    for own, far, group, k in members:
+        if own is side:
+            yield group, k
+        elif far is side:
+            for fragment in group.fragments:
+                for found, _, at, _ in far.overlapping(fragment.tensor, own.box(group, fragment, k)):
+                    yield found, at

@@ -36,6 +36,10 @@ class Coding(NamedTuple):
     codec: str | None = None
     via: str | None = None
 
+    def __str__(self) -> str:
+        """What is not as plain values have it, or nothing."""
+        return ", ".join(f"{name} {value}" for name, value in self._asdict().items() if value not in (None, 1.0, 0.0))
+
 
 def coding(rule: Rule, env: Mapping[str, Any], dtype: str | None = None) -> Coding:
     """The coding of one rule for one model, where weights are cast to `dtype`. Raises MappingError for an offset that

@@ -5,7 +5,9 @@
 A layout lists the dimensions of one stored tensor. A dimension is an axis, a product `(a b c)` of axes (the last one
 varies fastest), or a sum `[x: a b | y: c]`: a stretch cut into consecutive parts, each belonging to the logical tensor
 that its label names. Products and sums nest. `1` is a dimension of size one that no axis names. A layout without a sum
-starts with the name of its one tensor: `mlp.down.weight: hidden ffn@tp`.
+starts with the name of its one tensor: `mlp.down.weight: hidden ffn@tp`. An axis may be taken apart: `2` counts the
+halves of the axis that is written `head_dim/2`, the place within a half, so that `(head_dim/2 2)` takes turns between
+them where `(2 head_dim/2)` is `head_dim`.
 
 `axis@tp` says that the parallel dimension `tp` partitions the axis: a rank stores the same layout on its own interval.
 `(...)@tp` says that this stretch is cut into equal parts, whatever the axes inside (query heads of one group on two
@@ -24,7 +26,7 @@ from attrs import evolve, field, frozen
 
 from registry.errors import LayoutError
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[^\W\d][\w.]*)|(?P<one>1(?!\w))|(?P<mark>[()\[\]|:@]))")
+_TOKEN = re.compile(r"\s*(?:(?P<name>[^\W\d][\w.]*)|(?P<number>[1-9]\d{0,3}(?!\w))|(?P<mark>[()\[\]|:@/]))")
 MAX_LENGTH = 4096
 MAX_DEPTH = 16
 
@@ -46,13 +48,20 @@ class Axis:
 
 @frozen
 class Product:
-    """Factors multiplied, the last varying fastest; an empty product has size one."""
+    """Factors multiplied, the last varying fastest; an empty product has size one.
+
+    With `parts`, one axis stands for the place within one of so many equal parts of it, and no factor for which of the
+    parts it is.
+    """
 
     factors: tuple[Node, ...]
     cut: str | None = None
     at: int = field(default=0, eq=False, repr=False)
+    parts: int = 1
 
     def __str__(self) -> str:
+        if self.parts > 1:
+            return f"{self.factors[0]}/{self.parts}" if self.factors else str(self.parts)
         inner = " ".join(str(factor) for factor in self.factors)
         text = f"({inner})" if len(self.factors) != 1 or self.cut else inner
         return f"{text}@{self.cut}" if self.cut else (text if self.factors else "1")
@@ -115,6 +124,10 @@ class Layout:
         """The parallel dimensions that cut a stretch without regard to its axes."""
         return set(_cuts(self.dims))
 
+    def split(self) -> set[str]:
+        """The axes that are taken apart."""
+        return {name for node in _walk_split(self.dims) for name in [axis.name for axis in _walk_axes(node.factors)]}
+
     def sharded_over(self) -> set[str]:
         """Every parallel dimension that the layout names."""
         return {axis.shard for axis in _walk_axes(self.dims) if axis.shard} | self.cuts()
@@ -149,6 +162,15 @@ def _walk_axes(nodes: tuple[Node, ...]) -> Iterator[Axis]:
         else:
             for part in node.parts:
                 yield from _walk_axes(part.factors)
+
+
+def _walk_split(nodes: tuple[Node, ...]) -> Iterator[Product]:
+    for node in nodes:
+        if isinstance(node, Product):
+            yield from (node,) if node.parts > 1 else _walk_split(node.factors)
+        elif isinstance(node, Sum):
+            for part in node.parts:
+                yield from _walk_split(part.factors)
 
 
 def _cuts(nodes: tuple[Node, ...]) -> Iterator[str]:
@@ -264,21 +286,29 @@ class _Parser:
         if depth > MAX_DEPTH:
             raise self.error(f"layout nested deeper than {MAX_DEPTH}")
         nodes: list[Node] = []
-        while self.kind() in ("name", "one") or self.peek() in ("(", "["):
-            if self.kind() == "one":
-                self.take()
-                nodes.append(Product(()))
+        while self.kind() in ("name", "number") or self.peek() in ("(", "["):
+            if self.kind() == "number":
+                at = self.at()
+                nodes.append(Product((), None, at, int(self.take())))
             elif self.kind() == "name":
                 if self.peek(1) == ":":
                     raise self.error(
                         f"label {self.peek()!r} in the middle of a product",
                         "a label opens a layout or a part of a sum: `[label: axes | label: axes]`",
                     )
-                at = self.at()
-                nodes.append(Axis(self.take(), self.suffix(), at))
+                nodes.append(self.axis())
             else:
                 nodes.append(self.group(depth))
         return tuple(nodes)
+
+    def axis(self) -> Node:
+        at, name = self.at(), self.take()
+        if self.peek() != "/":
+            return Axis(name, self.suffix(), at)
+        self.take()
+        if self.kind() != "number" or self.peek() == "1":
+            raise self.error("expected the number of parts of an axis, at least 2, after '/'")
+        return Product((Axis(name, None, at),), None, at, int(self.take()))
 
     def group(self, depth: int) -> Node:
         at = self.at()
@@ -339,6 +369,7 @@ def _check_path(nodes: list[Node], tensor: str, text: str) -> None:
     """A tensor has each axis once, and ranks partition it once: two shards leave blocks that no rank stores."""
     axes: set[str] = set()
     shards: set[str] = set()
+    _check_split([node for node in nodes if isinstance(node, Product) and node.parts > 1], tensor, text)
     for node in nodes:
         if isinstance(node, Axis) and node.name in axes:
             raise _fail(text, node.at, f"axis {node.name!r} appears twice in tensor {tensor!r}")
@@ -347,6 +378,18 @@ def _check_path(nodes: list[Node], tensor: str, text: str) -> None:
             raise _fail(text, node.at, f"{shard!r} shards tensor {tensor!r} twice")
         axes |= {node.name} if isinstance(node, Axis) else set()
         shards |= {shard} if shard else set()
+
+
+def _check_split(nodes: list[Product], tensor: str, text: str) -> None:
+    """What is taken apart is all there: for `axis/2` one `2`, and no other number."""
+    axes, counts = ([node for node in nodes if bool(node.factors) == of] for of in (True, False))
+    for those, others in ((axes, counts), (counts, axes)):
+        for i, node in enumerate(those):
+            if node.parts in [before.parts for before in those[:i]]:
+                raise _fail(text, node.at, f"two parts of tensor {tensor!r} are counted by {node.parts}")
+            if node.parts not in [other.parts for other in others]:
+                problem = f"{node} of tensor {tensor!r} is only one half of an axis that is taken apart"
+                raise _fail(text, node.at, problem, f"write both `axis/{node.parts}` and `{node.parts}`")
 
 
 def _independent_sums(nodes: tuple[Node, ...]) -> list[Sum]:

@@ -22,6 +22,7 @@ from registry.commit import write_file
 from registry.crc import combine, crc32
 from registry.errors import CheckpointError
 from registry.planning import Plan
+from registry.progress import Tally
 from registry.reading import Reader, reading
 from registry.storage import Laid, Slot, slot_bytes
 
@@ -236,19 +237,21 @@ def _check_names(name: str, file: FileSum) -> None:
         at = tensor.begin + tensor.nbytes
 
 
-def check(home: Path, threads: int) -> Checked:
+def check(home: Path, threads: int, tally: Tally | None = None) -> Checked:
     """Read every file that a manifest in `home` names and compare digests. Raises CheckpointError as `read` does."""
     sums = read(home)
+    tally = tally or Tally(None, 0)
     largest_first = sorted(sums, key=lambda name: -sums[name].size)
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(largest_first, pool.map(lambda n: _damage(home / n, sums[n]), largest_first), strict=True))
+        looked = pool.map(lambda name: _damage(home / name, sums[name], tally), largest_first)
+        found = dict(zip(largest_first, looked, strict=True))
     damage = [one for name in sums if (one := found[name]) is not None]
     there = (p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file())
     strange = sorted(name for name in there if name not in sums and not Path(name).name.startswith("."))
     return Checked(len(sums), sum(len(file.tensors) for file in sums.values()), tuple(damage), tuple(strange))
 
 
-def _damage(path: Path, expected: FileSum) -> Damage | None:
+def _damage(path: Path, expected: FileSum, tally: Tally) -> Damage | None:
     try:
         if not path.is_file():
             return Damage(path, "the file is missing", missing=True)
@@ -259,6 +262,7 @@ def _damage(path: Path, expected: FileSum) -> Damage | None:
             parts, bad = [], []
             for begin, end, tensor in _stretches(size, expected.tensors):
                 crc = _crc(opened, begin, end)
+                tally.add(end - begin)
                 parts.append((crc, end - begin))
                 if tensor is not None and f"{crc:08x}" != tensor.crc32:
                     bad.append(tensor)

@@ -109,7 +109,8 @@ def with_fields(document: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
 
 def extension(spec: FormatSpec, architecture: ArchitectureSpec) -> Extension | None:
     """What an architecture adds to a format, if anything."""
-    return architecture.formats.get(spec.name) or architecture.formats.get(spec.extensions_of or "")
+    own = architecture.formats.get(spec.name) or architecture.formats.get(spec.extensions_of or "")
+    return own or spec.extensions.get(architecture.name)
 
 
 def config_map(spec: FormatSpec, architecture: ArchitectureSpec) -> ConfigMap:

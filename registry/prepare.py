@@ -73,7 +73,9 @@ def merged_options(spec: FormatSpec, architecture: ArchitectureSpec, given: Mapp
             problems.append(f"option {name!r} must be at least 1, found {value!r}")
         options[name] = value
     if problems:
-        raise ArgumentError(f"bad options for {spec.name}", details=problems)
+        raise ArgumentError(
+            f"bad options for {spec.name}", details=problems, hint="`registry formats` lists the options of each format"
+        )
     return options
 
 
@@ -102,7 +104,7 @@ def fitted(spec: FormatSpec, parallel: Parallel) -> tuple[Parallel, list[str]]:
 
 
 def _extends(architecture: str, spec: FormatSpec) -> bool:
-    return spec.name in catalog.architecture(architecture).formats
+    return extension(spec, catalog.architecture(architecture)) is not None
 
 
 def hub_variants(source: Source) -> dict[str, str]:
@@ -149,7 +151,7 @@ def bound_target(
 ) -> Target:
     """Everything that the target will hold, of all ranks."""
     name = source.architecture.name
-    if spec.closed and spec.name not in source.architecture.formats:
+    if spec.closed and extension(spec, source.architecture) is None:
         raise MappingError(
             f"{spec.name} does not know the architecture {name}", where=source.opened.path,
             expected="one of " + ", ".join(a for a in catalog.names("architecture") if _extends(a, spec)), found=name,

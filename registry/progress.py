@@ -1,6 +1,7 @@
-"""One line on a terminal that says how far a conversion is: percent, bytes, GB/s, time left.
+"""One line on a terminal that says how far a command is: percent, bytes, GB/s, time left.
 
-An object of this class is the `progress` argument of `registry.convert`. The library itself never makes one.
+A `ProgressLine` is the `progress` argument of `registry.convert`, `verify` and `diff`. The library itself never makes
+one; it counts with a `Tally`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,23 @@ from typing import TextIO
 INTERVAL = 0.1
 #: Drawings that speed and time left are measured over: about ten seconds, so that they follow a disk that slows down.
 WINDOW = 100
+
+
+class Tally:
+    """Counts the bytes that threads have done, for a progress function. `total` may be a guess: it is never passed."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more are done."""
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done = min(self._done + nbytes, self._total)
+            self._progress(self._done, self._total)
 
 
 class ProgressLine:

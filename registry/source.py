@@ -40,6 +40,8 @@ from registry.states import check_states, held_states, is_state, with_states
 from registry.storage import Opened, slot_bytes
 
 _LONGEST_NAME = 1024
+#: Entries of a directory that are tried, where it is no checkpoint itself.
+_LOOKED_AT = 64
 _ODD_NAME = re.compile(r"\0|\d{10}")
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _CONFIG = "give config= as a HuggingFace directory or a config.json"
@@ -86,6 +88,7 @@ def detect_format(path: Path) -> FormatSpec:
     known = catalog.names("format")
     found = [spec for spec in map(catalog.format_spec, known) if catalog.container(spec.container).detect(path)]
     if len(found) != 1:
+        below = [] if found else _checkpoints_below(path)
         raise DetectionError(
             "no known format fits" if not found else "several formats fit",
             where=path,
@@ -93,9 +96,18 @@ def detect_format(path: Path) -> FormatSpec:
             found=", ".join(spec.name for spec in found)
             or ", ".join(sorted(p.name for p in path.iterdir())[:8])
             or "nothing",
-            hint="name the directory that holds the checkpoint's own files",
-        )
+            hint=f"name one of the checkpoints in it: {', '.join(below)}" if below
+            else "name the directory that holds the checkpoint's own files",
+        )  # fmt: skip
     return found[0]
+
+
+def _checkpoints_below(path: Path) -> list[str]:
+    """The directories in a directory that a format knows, for whoever named the one above."""
+    specs = [catalog.format_spec(name) for name in catalog.names("format")]
+    inside = [] if is_remote(path) else [each for each in sorted(path.iterdir())[:_LOOKED_AT] if each.is_dir()]
+    fits = {each.name: [s.name for s in specs if catalog.container(s.container).detect(each)] for each in inside}
+    return [f"{name} ({' or '.join(formats)})" for name, formats in fits.items() if formats]
 
 
 def read_config(config: Any) -> dict[str, Any]:
@@ -235,7 +247,8 @@ def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None, states:
     reasons = []
     for name in catalog.names("architecture"):
         candidate = catalog.architecture(name)
-        if not candidate.recognised or (spec.closed and spec.name not in candidate.formats):
+        added = extension(spec, candidate)
+        if not candidate.recognised or (spec.closed if added is None else not added.recognised):
             continue
         fits = False
         try:
@@ -249,11 +262,13 @@ def _guess(opened: Opened, spec: FormatSpec, hub: dict[str, Any] | None, states:
         raise failed[0]  # the config is that of one architecture: what is wrong are the tensors
     if len(fitting) != 1:
         names = ", ".join(source.architecture.name for source in fitting)
-        raise DetectionError(
+        unclear = DetectionError(
             f"several architectures fit: {names}" if fitting else "no known architecture fits",
             where=opened.path, expected="one architecture", found=names or "none", details=() if fitting else reasons,
             hint="name one with architecture=, or give config= (a HuggingFace directory or config.json)",
         )  # fmt: skip
+        unclear.candidates = tuple(source.architecture.name for source in fitting)
+        raise unclear
     found = fitting[0]
     return _bind(opened, spec, found.architecture, hub, strict=True, states=True) if states else found
 

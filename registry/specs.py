@@ -35,6 +35,9 @@ class Ignored(Model):
 
     name: str = Field(description="a glob over stored names")
     reason: str = Field(description="why no logical tensor answers to them, for the report")
+    holds: Literal["optimizer", "rng"] | None = Field(
+        default=None, description="the state of a training run that they hold, for inspect"
+    )
 
 
 class Tie(Model):
@@ -55,6 +58,9 @@ class Extension(Model):
     options: dict[str, Any] = Field(default={}, description="the format's defaults, where the family has others")
     limits: dict[str, int] = Field(
         default={}, description="parallel dimension -> the most ranks that readers take for this family"
+    )
+    recognised: bool = Field(
+        default=True, description="false where a checkpoint of this format could as well be a better known family's"
     )
 
 
@@ -306,6 +312,9 @@ class FormatSpec(Spec):
     closed: bool = Field(default=False, description="its readers know only architectures that extend it")
     extensions_of: str | None = Field(
         default=None, description="the format whose extensions hold here too, where an architecture gives none for this"
+    )
+    extensions: dict[str, Extension] = Field(
+        default={}, description="architecture -> what it adds to this format, where its own spec says nothing of it"
     )
     tied: bool = Field(default=False, description="tensors that are another one are written too")
     boxes: bool = Field(default=False, description="a tensor may be stored in any boxes, such as its ranks hold")

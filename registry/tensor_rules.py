@@ -44,7 +44,7 @@ def _checked_expression(text: Any) -> Any:
         try:
             expressions.parse(text)
         except RegistryError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(error.brief) from None
     return text
 
 
@@ -89,9 +89,10 @@ class Rule(Model):
         try:
             parsed = parse(self.layout)
         except RegistryError as error:
-            return [str(error)]
+            return [error.brief]
         axes = {axis for axes in parsed.axes.values() for axis in axes}
         found = [f"pads axis {axis!r}, which the layout lacks" for axis in self.pad if axis not in axes]
+        found += [f"pads axis {axis!r}, which the layout takes apart" for axis in sorted({*self.pad} & parsed.split())]
         found += [
             f"shards over {dim!r}; the parallel dimensions are {', '.join(DIMENSIONS)}"
             for dim in parsed.sharded_over()
@@ -105,7 +106,7 @@ class Rule(Model):
             try:
                 shown = parse(self.shape)
             except RegistryError as error:
-                return [*found, str(error)]
+                return [*found, error.brief]
             if {t: set(a) for t, a in shown.axes.items()} != {t: set(a) for t, a in parsed.axes.items()}:
                 found.append(f"its shape {self.shape!r} has other axes")
         return [f"rule {self.layout!r}: {problem}" for problem in found]
@@ -139,7 +140,7 @@ class Derived(Model):
             try:
                 axes = parse(text).axes.values()
             except RegistryError as error:
-                found.append(f"{part}: {error}")
+                found.append(f"{part}: {error.brief}")
             else:
                 if len(axes) != 1 or set(self.index) & {axis for own in axes for axis in own}:
                     found.append(f"{part}: a part is one tensor, without the axes of the index")

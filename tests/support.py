@@ -1,27 +1,32 @@
-"""Writes docs/support.md: which family each format takes, and how that is proven. `python -m tests.support`
+"""What docs/support.md says: which family each format takes, how that is proven, and the layouts and quantisations.
 
 What is taken is read from the registry and from the tables of the tests that try it, and the proofs from what those
-tests are run on, so that the page cannot say more than the tests do. tests/test_support.py fails where it is stale.
+tests are run on, so that the page cannot say more than the tests do. `python -m docs.generate` writes it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from registry import catalog
+from registry import catalog, expressions
+from registry.parallel import Parallel
+from registry.prepare import merged_options
+from registry.quantization.declared import Quantizations, Scheme
+from registry.specs import FormatSpec
+from registry.testing.models import model_of
 from tests import test_dcp, test_golden_trtllm, test_megatron_loads
 from tests.conftest import HF_MODELS
 from tests.families import DCP, FAMILIES, HF, LEGACY, MEGATRON, TRTLLM
 from tests.goldens import packed
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "support.md"
-
 HEAD = """\
 # What converts into what, and how that is proven
 
-Written by `python -m tests.support` from the registry and the tests; `tests/test_support.py` fails where it is stale.
+Written by `make docs` from the registry and the tests; a test fails where it is stale. Below the table of families are
+the [layouts and options](#layouts-and-options) of each format, and the [quantised weights](#quantised-weights) that are
+read and written.
 
 Every family is read from and written to every format of its row, both ways: `HuggingFace -> format -> HuggingFace` is
 the same directory byte for byte (tests/test_families.py), at one rank and at several tensor, pipeline and expert
@@ -78,6 +83,75 @@ def cell(architecture: str, to: str, known: Iterable[str]) -> str:
     return ", ".join(marks)
 
 
+def _layouts() -> Iterator[str]:
+    """What each format shards over, and its options."""
+    yield "\n## Layouts and options\n"
+    yield "| format | parallel sizes | options |\n| --- | --- | --- |"
+    for name in catalog.names("format"):
+        spec = catalog.format_spec(name)
+        sizes = ", ".join(spec.parallel) or "-"
+        options = [f"`{option}`" + (f" ({_value(each.default)})") for option, each in spec.options.items()]
+        yield f"| `{name}` | {sizes} | {', '.join(options) or '-'} |"
+    yield "\nIn brackets is what holds where nothing is said. `registry formats` says what each option means.\n"
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _encodings() -> Iterator[str]:
+    """The encodings that are decoded on reading."""
+    yield "## Quantised weights\n"
+    yield "Read from a checkpoint, and decoded on the way:\n"
+    yield "| format | encoding | stored as | decoded to |\n| --- | --- | --- | --- |"
+    for name in catalog.names("format"):
+        for encoding, each in catalog.format_spec(name).encodings.items():
+            parts = {each.tensor.name: each.tensor.dtype, **{part.name: part.dtype for part in each.parts.values()}}
+            stored = ", ".join(f"`{glob}` {' or '.join(_listed(dtype))}" for glob, dtype in parts.items())
+            yield f"| `{name}` | `{encoding}` | {stored} | {each.dtype} |"
+
+
+def _listed(dtype: Any) -> list[str]:
+    return [dtype] if isinstance(dtype, str) else list(dtype)
+
+
+def _schemes() -> Iterator[str]:
+    """What each format quantises to, and the families that cannot have it."""
+    for name in catalog.names("format"):
+        spec = catalog.format_spec(name)
+        if spec.quantizations is None:
+            continue
+        yield f"\nWritten to `{name}`, and read from it:\n"
+        yield "| option | | families that it is not for |\n| --- | --- | --- |"
+        for scheme, each in spec.quantizations.schemes.items():
+            refused = ", ".join(f"`{family}`" for family in _refusing(name, spec, spec.quantizations, each)) or "-"
+            yield f"| `{_asked(spec.quantizations, scheme)}` | {each.description} | {refused} |"
+        if mixed := spec.quantizations.mixed:
+            yield f"| `{spec.quantizations.option}={mixed.scheme}` | each module its own of these | as its parts |"
+    yield "\n[quantization.md](quantization.md) says what is lost, and where the ranges come from.\n"
+
+
+def _asked(offered: Quantizations, scheme: str) -> str:
+    """How a scheme is asked for."""
+    further = offered.further
+    if further and scheme.startswith(further.prefix):
+        return f"{further.option}={scheme.removeprefix(further.prefix)}"
+    return f"{offered.option}={scheme}"
+
+
+def _refusing(to: str, spec: FormatSpec, offered: Quantizations, scheme: Scheme) -> Iterator[str]:
+    """The families that a format takes, but not in this quantisation: none of the tests' models of it may have it."""
+    models: dict[str, list[bool]] = defaultdict(list)
+    for family in FAMILIES.values():
+        if to in family.formats:
+            model = model_of({"model_type": family.architecture, **family.config})
+            options = merged_options(spec, model.architecture, None)
+            env = {**options, **model.facts, **Parallel().env(), **model.functions}
+            allowed = all(expressions.parse(only.when)(env) for only in (*offered.only, *scheme.only))
+            models[family.architecture].append(allowed and not (family.experts and scheme.experts == "refused"))
+    yield from sorted(name for name, allowed in models.items() if not any(allowed))
+
+
 def page() -> str:
     """The whole page."""
     known = proofs()
@@ -86,9 +160,5 @@ def page() -> str:
     for name in catalog.names("architecture"):
         cells = [cell(name, to, known.get((name, to), ())) for to in formats]
         lines.append(f"| `{name}` | {catalog.architecture(name).description} | {' | '.join(cells)} |")
-    lines += ["", f"{len(catalog.names('architecture'))} families.", ""]
+    lines += ["", f"{len(catalog.names('architecture'))} families.", *_layouts(), *_encodings(), *_schemes()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

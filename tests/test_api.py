@@ -170,7 +170,7 @@ def test_register_makes_a_family_convertible(llama: Path, tmp_path: Path) -> Non
     (model / "config.json").write_text(json.dumps(config))
     (model / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     with pytest.raises(registry.DetectionError, match="mine"):
-        registry.inspect(model)
+        registry.open(model)
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(spec))
     assert registry.register(path) == "mine"

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.configuration_utils import remap_legacy_layer_types
 
 import registry
@@ -33,6 +35,9 @@ from tests.test_schema import architecture
 KNOWN = [name for name in catalog.names("architecture") if name in CONFIG_MAPPING]
 Document = dict[str, Any]
 ABSENT: Any = object()
+RELEASED = {
+    path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "released").glob("*.json"))
+}
 
 
 def of_class(model_type: str, /, **fields: Any) -> Document:
@@ -101,6 +106,57 @@ def test_a_default_of_a_spec_is_that_of_the_class(name: str, entry: FactMap) -> 
     assert entry.default is None or not any(hasattr(config, path.split(".")[0]) for path in entry.field)
 
 
+# Fields that a class has, by the last part of their names, and that no fact is read from: what a conversion says about
+# one that is not as usual is the test of `lost_fields`.
+UNREAD = {
+    "is_decoder", "add_cross_attention", "use_bidirectional_attention", "time_step_limit", "moe_latent_size",
+    "mtp_layers_block_type", "moe_norm_min", "_sliding_window_pattern", "vision_config", "mm_tokens_per_image",
+    "dense_act_fn", "is_gated_act",  # T5's class takes both from feed_forward_proj
+}  # fmt: skip
+# What follows from another field, or what other classes with the same base have.
+DERIVED = {
+    "deepseek_v2": ["mlp_bias"], "gpt_bigcode": ["num_key_value_heads"], "llama4": ["layer_types"],
+    "llama4_text": ["layer_types"], "nemotron_h": ["num_nextn_predict_layers"],
+    "olmo3": ["rope_parameters.sliding_attention"],
+}  # fmt: skip
+# Names in published files that their classes have not, or not any more.
+PUBLISHED = {
+    "n_layer", "n_head", "n_head_kv", "d_model", "sliding_window_size", "use_sliding_window", "max_window_layers",
+    "mtp_num_hidden_layers", "num_nextn_predict_layers", "rope_percent", "rope_pct", "rms_norm_eps",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_field_of_the_class_is_read(name: str) -> None:
+    spec = catalog.architecture(name)
+    neutral = [*spec.config.neutral, *catalog.format_spec("huggingface").config.neutral, *spec.config.usual]
+    neutral += ["*.rope_type", "id2label.*", *(f"*{field}" for field in [*UNREAD, *DERIVED.get(name, [])])]
+    if name == "mpt":  # a config of its own inside, with the fields that every config has
+        neutral += [f"attn_config.{field}" for field in PretrainedConfig().to_dict()]
+    assert [path for path in defaults.unread_fields(of_class(name), spec.config, neutral) if path not in neutral] == []
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_fact_is_read_from_fields_that_there_are(name: str) -> None:
+    """Of the class, as it is or was, or of a published file."""
+    spec = catalog.architecture(name)
+    published = [document for document in RELEASED.values() if document["model_type"] == name]
+    there = {".".join(map(str, path)) for document in (of_class(name), *published) for path in leaves(document)}
+    there = {path.removeprefix(f"{spec.config.within}.") for path in there}
+    words = source_words(type(CONFIG_MAPPING[name]().get_text_config()))
+    for fact, entry in spec.config.facts.items():
+        read = {*entry.field, *defaults.paths(entry)}
+        assert {path.split(".")[-1] for path in read - there} <= words | PUBLISHED, fact
+
+
+@cache
+def source_words(config: type) -> set[str]:
+    """Every word in the source of a config class and its bases, and of transformers' module for rotary embeddings."""
+    modules = {sys.modules[base.__module__].__file__ for base in config.__mro__ if base.__module__.startswith("tr")}
+    files = [Path(file) for file in (*modules, transformers.modeling_rope_utils.__file__) if file]
+    return {word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_document_without_a_field_means_what_the_class_makes_of_it(name: str) -> None:
     spec = catalog.architecture(name)
@@ -161,9 +217,6 @@ def test_an_architecture_that_transformers_does_not_know_takes_no_defaults() -> 
     assert defaults.hub_facts({"n_layer": 2}, spec) == ({"layers": 2}, [])
 
 
-RELEASED = {
-    path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "released").glob("*.json"))
-}
 # What no fact describes, of released configs: how their weights are encoded, and towers that no other format takes.
 ENCODED, TOWER = ["quantization_config"], ["vision_config"]
 UNDESCRIBED = {
@@ -328,7 +381,7 @@ def test_a_class_reads_no_file_and_asks_nobody(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from registry import catalog, defaults
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 for name in {KNOWN!r}:
     CONFIG_MAPPING[name]()  # its module is imported
 watched = ("socket.", "open", "subprocess.", "os.system", "os.exec", "urllib.", "import")

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from attrs import evolve
 
 import registry
 from registry import Parallel, catalog
+from registry.model import config_map, read_facts
+from registry.prepare import merged_options
+from registry.source import load as open_source
+from registry.source import understood
 from registry.testing import MappingTests, same_directory
 from tests.families import DCP, FAMILIES, HF, LEGACY, MEGATRON, TRTLLM, build, load
 
@@ -196,6 +202,175 @@ def keeps_values(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", registry.architectures())
 def test_logical_values_are_huggingfaces(architecture: str) -> None:
     keeps_values(architecture)
+
+
+#: What the names in HuggingFace's files say themselves, and a logical name then has: the first that fits is asked.
+WORDS = {
+    r"\b(q_proj|q|query)\.(weight|bias)$": r"\.q(_up)?\.",
+    r"\b(k_proj|k|key)\.(weight|bias)$": r"\.k\.",
+    r"\b(v_proj|v|value)\.(weight|bias)$": r"\.v\.",
+    r"\b(q_norm|q_layernorm)\.": r"\.q_(full_|head_)?norm\.",
+    r"\b(k_norm|k_layernorm)\.": r"\.k_(full_|head_)?norm\.",
+    r"\b(gate_proj|wi_0)\.weight$": r"\.gate\.",
+    r"\b(up_proj|wi|wi_1)\.weight$": r"\.up\.",
+    r"\b(down_proj|wo)\.weight$": r"\.down\.",
+    r"\bA_log$": r"\.a_log$",
+    r"\bdt_bias$": r"\.dt_bias$",
+    r"\bD$": r"\.d$",
+}
+
+
+def keeps_words(architecture: str) -> None:
+    """Where HuggingFace's names say what a tensor is, the logical names say the same; a bias is its matrix's."""
+    spec = catalog.architecture(architecture)
+    for pattern, rule in spec.rules():
+        last = pattern.split(".")[-1]
+        for tensor in rule.parsed.tensors if last in ("weight", "bias") else ():
+            assert tensor.endswith((f".{last}", ".padding")), f"{pattern}: {tensor}"
+        for word, meant in WORDS.items():
+            if re.search(word, pattern):
+                assert any(re.search(meant, tensor) for tensor in rule.parsed.tensors), f"{pattern}: {rule.layout}"
+                break
+        for other in spec.tensors.get(f"{pattern.removesuffix('.bias')}.weight", ()) if last == "bias" else ():
+            matrix = [tensor.replace(".weight", ".bias") for tensor in other.parsed.tensors]
+            assert len(spec.tensors[pattern]) > 1 or list(rule.parsed.tensors) == matrix, pattern
+        if architecture == "t5" and pattern.startswith(("encoder", "decoder")) and "embed" not in pattern:
+            assert {tensor.split(".")[0] for tensor in rule.parsed.tensors} == {pattern.split(".")[0]}, pattern
+
+
+@pytest.mark.parametrize("architecture", registry.architectures())
+def test_names_say_the_same(architecture: str) -> None:
+    keeps_words(architecture)
+
+
+#: What a fact says of a model's tensors: it is true where there is such a tensor.
+SHOWN = {
+    "gated": r"mlp\.(experts\.|shared\.)?gate\.weight$",
+    "qk_norm": r"(attention\.q_(full_|head_)?norm|mla\.kv_norm)\.weight$",
+    "qkv_bias": r"attention\.q\.bias$", "attention_output_bias": r"attention\.output\.bias$",
+    "mlp_bias": r"mlp\.(experts\.|shared\.)?down\.bias$",
+}  # fmt: skip
+
+
+def says_what_is_there(name: str, folder: Path) -> None:
+    """The facts of a model say what its tensors show."""
+    model = open_source(folder).model
+    for fact, pattern in SHOWN.items():
+        if fact in model.facts:
+            shown = any(re.search(pattern, tensor) for tensor in model.tensors)
+            assert bool(model.facts[fact]) == shown, fact
+    if model.facts.get("position") is not None:
+        assert (model.facts["position"] == "learned") == ("position_embedding.weight" in model.tensors)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_facts_say_what_is_there(name: str, family_model: Callable[..., Path]) -> None:
+    says_what_is_there(name, family_model(name))
+
+
+#: Facts that a format's own config cannot say of every model, or says in another way.
+UNSAID = {
+    MEGATRON: {"activation", "ffn_size", "rope_scaling", "rope_interleaved", "sub_norm_epsilon", "expert_groups",
+               "groups_per_token", "layer_types", "moe_ffn_size"},
+    TRTLLM: {"rope_interleaved", "time_step_rank"},
+}  # fmt: skip
+#: Models of which the format says these too.
+SAID = {"activation": ["llama", "gpt2", "nemotron"], "ffn_size": ["llama"], "moe_ffn_size": ["mixtral", "nemotron_h"]}
+
+
+def facts_come_back(name: str, to: str, folder: Path, there: Path) -> None:
+    """A format's own config says what HuggingFace's does, without a copy of it."""
+    facts, found = open_source(folder).model.facts, open_source(there)
+    said = config_map(found.spec, found.architecture)
+    again = read_facts(found.opened.document, said)
+    for fact, entry in said.facts.items():
+        unsaid = fact in UNSAID[to] and name not in SAID.get(fact, ())
+        if not entry.loose and fact in facts and not unsaid:
+            assert again.get(fact) == facts[fact], fact
+
+
+@pytest.mark.parametrize(
+    ("name", "to"), [(name, to) for name, family in FAMILIES.items() for to in UNSAID if to in family.formats]
+)
+def test_facts_come_back_from_the_format_itself(
+    name: str, to: str, tmp_path: Path, family_model: Callable[..., Path]
+) -> None:
+    registry.convert(family_model(name), tmp_path / "there", to=to, durable=False)
+    facts_come_back(name, to, family_model(name), tmp_path / "there")
+
+
+#: Families with norms that Megatron's local layers have no place for, or mixers that exist as Transformer-Engine's.
+ENGINE = {
+    "exaone4", "falcon_h1", "gemma2", "gemma3", "gemma3_text", "glm4", "mamba2", "nemotron_h", "olmo2", "olmo3",
+    "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+}  # fmt: skip
+
+
+def default_engine(architecture: str) -> None:
+    """Which layers a Megatron checkpoint is for, unless it is said."""
+    options = merged_options(catalog.format_spec(MEGATRON), catalog.architecture(architecture), None)
+    assert (options["transformer_impl"] == "transformer_engine") == (architecture in ENGINE)
+
+
+@pytest.mark.parametrize("architecture", registry.architectures())
+def test_the_layers_that_a_family_needs(architecture: str) -> None:
+    default_engine(architecture)
+
+
+#: Further layers that a config announces and a checkpoint may lack, by a model that has them.
+FURTHER = {
+    "qwen3_next_hub": "mtp.*", "qwen3_5_hub": "mtp.*", "qwen3_5_moe_hub": "mtp.*", "glm4_moe_hub": "model.layers.4.*",
+    "glm4_moe_lite_hub": "model.layers.4.*", "deepseek_v3_hub": "model.layers.4.*",
+}  # fmt: skip
+
+
+def may_lack(name: str, folder: Path) -> None:
+    """Without its further layers a model is whole; with some of their tensors it is not."""
+    source = open_source(folder)
+    pieces = source.opened.pieces
+    further = [piece for piece in pieces if fnmatch.fnmatch(piece.name, FURTHER[name])]
+    assert further
+    for kept in ([], *([piece] for piece in further)):
+        less = [piece for piece in pieces if piece not in further] + kept
+        opened = evolve(source.opened, pieces=less)
+        again = understood(opened, source.spec, config=None, architecture=None, states=False)
+        assert bool(again.bound.missing) == bool(kept), kept
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_layers_may_be_absent(name: str, family_model: Callable[..., Path]) -> None:
+    may_lack(name, family_model(name))
+
+
+_INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
+#: What published files hold besides, by a model that it is added to here.
+EXTRAS = {
+    "bert": ["bert.embeddings.position_ids", "cls.predictions.decoder.bias"],
+    "ernie4_5_moe": [_INV_FREQ, "model.mtp_block.0.input_layernorm.weight"],
+    "gemma3_hub": ["vision_tower.vision_model.post_layernorm.bias", "multi_modal_projector.mm_soft_emb_norm.weight"],
+    "gpt2": ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"],
+    "gpt_neox": [f"gpt_neox.layers.0.attention.{n}" for n in ("bias", "masked_bias", "rotary_emb.inv_freq")],
+    "llama": [_INV_FREQ],
+    "llama4_hub": ["vision_model.class_embedding", "multi_modal_projector.linear_1.weight"],
+    "nemotron_h": ["mtp.layers.0.norm.weight"],
+    "qwen3_5_hub": ["model.visual.patch_embed.proj.weight"],
+    "qwen3_5_moe_hub": ["model.visual.patch_embed.proj.weight"],
+    "t5": ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"],
+}
+
+
+def leaves_out(name: str, folder: Path) -> None:
+    """The extra tensors of published files are left out, each for a reason, and nothing else is."""
+    source = open_source(folder)
+    more = [source.opened.pieces[0]._replace(name=extra) for extra in EXTRAS[name]]
+    opened = evolve(source.opened, pieces=[*source.opened.pieces, *more])
+    again = understood(opened, source.spec, config=None, architecture=None, states=False)
+    assert again.bound.left_out.keys() - source.bound.left_out.keys() == set(EXTRAS[name])
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_published_files_hold_besides_is_left_out(name: str, family_model: Callable[..., Path]) -> None:
+    leaves_out(name, family_model(name))
 
 
 @pytest.mark.parametrize("architecture", registry.architectures())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import registry
 from tests.goldens import SHARED, TrtllmCase, golden, trtllm_cases
@@ -199,6 +200,8 @@ def test_golden_comes_back(case: TrtllmCase, tmp_path: Path) -> None:
         registry.convert(case.path, tmp_path / "out", to="huggingface", config=golden(case.input))
     else:
         registry.convert(case.path, tmp_path / "out", to="huggingface")
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["tie_word_embeddings"] == AutoConfig.from_pretrained(golden(case.input)).tie_word_embeddings
     ours = load_file(tmp_path / "out/model.safetensors")
     theirs = load_file(golden(case.input) / "model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import registry
+from registry.source import load as open_source
 from tests import megatron_cpu
 from tests.conftest import HF_MODELS
 from tests.families import FAMILIES, build, load, save
 from tests.hub_layouts import random_like
-from tests.megatron_cpu import Job
+from tests.megatron_cpu import Job, families
+from tests.megatron_cpu.families import Config
 from tests.megatron_cpu.reference import reference_logits
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -237,3 +239,58 @@ def test_logits_are_those_of_transformers(case: Case, outcomes: dict[str, Any], 
         pytest.fail(str(found), pytrace=False)
     expected = reference_logits(source(case), IDS)
     assert (found[..., : expected.shape[-1]] - expected).abs().max() <= case.tolerance
+
+
+#: Megatron's names for them, as arguments of its training scripts.
+ARGUMENTS = {"max_sequence_length": "max_position_embeddings", "num_moe_experts": "num_experts",
+             "rope_scaling": "use_rope_scaling"}  # fmt: skip
+#: How a number stands for a list: of so many layers, which one differs.
+EVERY = {"no_rope_freq": (0, 1), "window_attn_skip_freq": (1, 0)}
+#: Of these models nothing depends on the argument, or another one says it.
+UNASKED = {("gpt_oss", "position_embedding_type"), ("qwen3_5_moe_text", "ffn_hidden_size"),
+           ("nemotron_h", "moe_layer_freq")}  # fmt: skip
+NEUTRAL = {"moe_router_topk_scaling_factor": 1.0, "add_bias_linear": False}
+
+
+#: How it is computed rather than what, or said by the model's class or by other arguments.
+UNWRITTEN = {
+    "moe_router_load_balancing_type", "moe_router_dtype", "moe_token_dispatcher_type", "deterministic_mode",
+    "max_sequence_length", "use_mamba_mem_eff_path", "hybrid_override_pattern", "softmax_scale",
+    "linear_conv_kernel_dim", "kv_channels", "num_attention_heads", "gated_linear_unit",
+    "share_embeddings_and_output_weights",
+}  # fmt: skip
+
+
+def arguments_fit(model: str, hf: Path, there: Path) -> None:
+    """A checkpoint's arguments are those with which megatron-core computes right (tests/megatron_cpu/families.py)."""
+    config = Config(json.loads((hf / "config.json").read_text()))
+    written = open_source(there).opened.document
+    for part in families.FAMILIES[config.model_type].settings(config)[:2]:
+        for name, value in part.items():
+            if name == "gated_linear_unit":
+                assert bool(written.get("swiglu") or written.get("quick_geglu")) == value
+            if name == "share_embeddings_and_output_weights":
+                assert written["untie_embeddings_and_output_weights"] != value
+            said = ARGUMENTS.get(name, name)
+            unscaled = name == "rope_scaling_factor" and not written["use_rope_scaling"]
+            unsaid = said not in written and (name in UNWRITTEN or name.startswith("yarn_"))
+            if callable(value) or (model, name) in UNASKED or unscaled or unsaid:
+                continue
+            found = written[said]
+            if name in EVERY and isinstance(found, int) and isinstance(value, list):
+                usual, other = EVERY[name]
+                found = [other if (i + 1) % found == 0 else usual for i in range(len(value))]
+            if name == "add_qkv_bias":  # which adds to add_bias_linear
+                value = value or part["add_bias_linear"]
+            assert json.loads(json.dumps(value)) == (NEUTRAL.get(name) if found is None else found), name
+
+
+ONCE = {case.model: case for case in reversed(CASES) if case.format == MEGATRON and known(case)}
+
+
+@pytest.mark.parametrize("case", ONCE.values(), ids=str)
+def test_arguments_are_those_that_megatron_has_them_computed_with(
+    case: Case, source: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    registry.convert(source(case), tmp_path / "there", to=case.format, options=case.options, durable=False)
+    arguments_fit(case.model, source(case), tmp_path / "there")

@@ -27,8 +27,9 @@ from formats import pickles
 from formats.pickle_nodes import Kind, Record
 from formats.pickles import Call, Global, InertDict, Persistent, Size, attr, attributes, dumps, loads
 from registry.errors import CheckpointError, UnsafePickleError
+from tests.goldens import SHARED
 
-GOLDEN = Path("/work/shared/golden/megatron")
+GOLDEN = SHARED / "megatron"
 PROTOCOLS = (2, 3, 4)
 
 

@@ -19,8 +19,9 @@ from formats.torchzip import NewTensor, Skeleton, TensorRef, layout, probe_tenso
 from registry.dtypes import ITEMSIZE
 from registry.errors import CheckpointError, UnsafePickleError
 from registry.reading import open_reader, read_all, reading
+from tests.goldens import SHARED
 
-GOLDEN = Path("/work/shared/golden/megatron")
+GOLDEN = SHARED / "megatron"
 SHAPES = ((), (0,), (0, 3), (5,), (2, 3), (1, 2, 3, 4, 300))
 
 

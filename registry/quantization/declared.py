@@ -31,7 +31,7 @@ def _formula(text: Any) -> Any:
         try:
             formulas.parse(text)
         except RegistryError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(error.brief) from None
     return text
 
 
@@ -88,6 +88,9 @@ class StoredTensor(Model):
     )
     packed: Literal["int4", "fp4"] | None = Field(
         default=None, description="two values in a byte, the first in its low half"
+    )
+    blocks: str | None = Field(
+        default=None, description="the registered codec (`registry.encoding.Blocks`) that makes the bytes of each group"
     )
     value: FormulaText = Field(description="what it holds")
     when: Expression | None = Field(default=None, description="stored only where this is true, over options and facts")
@@ -234,5 +237,7 @@ class Quantizations(Model):
             for key, stored in scheme.tensors.items():
                 if "in/group" in stored.shape and not scheme.groups:
                     yield f"quantizations.{name}.{key}: in/group of a scheme without groups"
+                if stored.blocks is not None and (stored.shape.split()[-1:] != ["in/group"] or stored.dtype != "uint8"):
+                    yield f"quantizations.{name}.{key}: blocks are uint8, and what is last in their shape is in/group"
                 if (stored.packed is not None) != ("/2" in stored.shape):
                     yield f"quantizations.{name}.{key}: two values in a byte need a halved dimension"

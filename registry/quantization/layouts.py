@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from attrs import evolve, field, frozen
 
 from registry import expressions
-from registry.errors import MappingError, ParallelError
+from registry.encoding import block_codec
+from registry.errors import MappingError, ParallelError, SpecError
 from registry.groups import holds
 from registry.layout import Axis, Layout, Node, Part, Product, Sum, parse
 from registry.model import Kind, LogicalModel
@@ -107,12 +109,18 @@ def _halved_part(part: Part, halves: dict[str, tuple[str, int]]) -> Part:
 
 
 class _Shape:
-    """A stored tensor's layout. `made` is each axis that it invents: (the axes that it is made of, the divisor)."""
+    """A stored tensor's layout. `made` is each axis that it invents: (the axes that it is made of, the divisor).
+
+    Bytes of blocks are divided by what a byte holds, which is no whole number.
+    """
 
     def __init__(self, rule: Rule, stored: StoredTensor, group: int, number: int, label: str) -> None:
         layout = rule.parsed
         *experts, out, columns = layout.dims
-        self.made: dict[str, tuple[tuple[str, ...], int]] = {}
+        self.made: dict[str, tuple[tuple[str, ...], int | Fraction]] = {}
+        blocks = None if stored.blocks is None else block_codec(stored.blocks)
+        if blocks is not None and blocks.columns != group:
+            raise SpecError(f"blocks of {blocks.columns} columns in groups of {group}", where=str(stored.blocks))
         halves: dict[str, tuple[str, int]] = {}
         dims: list[str] = []
         rows = any(dim.startswith("out") for dim in stored.shape.split())
@@ -130,7 +138,9 @@ class _Shape:
             else:
                 divisor = {"in": 1, "in/2": 2, "in/group": group}[dim]
                 name = f"columns{number}_{divisor}"
-                self.made[name] = tuple(_axes(columns)), divisor
+                if blocks is not None:
+                    name = f"{name}_bytes"
+                self.made[name] = tuple(_axes(columns)), Fraction(group, blocks.nbytes) if blocks else divisor
                 dims.append(str(Axis(name, shard(columns))))
         self.made |= {name: ((axis,), divisor) for name, (axis, divisor) in halves.items()}
         text = " ".join(dims)
@@ -161,7 +171,7 @@ class _Maker:
     rules: list[tuple[str, Rule]] = field(factory=list)
     further: list[tuple[str, Rule]] = field(factory=list)
     tensors: dict[str, tuple[str, ...]] = field(factory=dict)
-    made: dict[str, tuple[tuple[str, ...], int]] = field(factory=dict)
+    made: dict[str, tuple[tuple[str, ...], int | Fraction]] = field(factory=dict)
     #: kind -> labels of derived tensors, and tensors that are quantised
     present: dict[int, set[str]] = field(factory=dict)
     gone: dict[int, set[str]] = field(factory=dict)
@@ -202,7 +212,7 @@ class _Maker:
     def kind(self, kind: Kind) -> Kind:
         """A kind of layer with the derived tensors and axes besides."""
         own = {
-            name: math.prod(kind.sizes.get(axis, 0) for axis in axes) // divisor
+            name: int(math.prod(kind.sizes.get(axis, 0) for axis in axes) // divisor)
             for name, (axes, divisor) in self.made.items()
         }
         present = kind.present | self.present.get(id(kind), set())

@@ -18,6 +18,7 @@ from attrs import define, field, frozen
 
 from registry.computed import Computed, Ints
 from registry.dtypes import torch_dtype
+from registry.encoding import Blocks, block_codec
 from registry.errors import MappingError
 from registry.files import SourceFiles
 from registry.quantization import formulas
@@ -103,11 +104,24 @@ class _Block:
         return self._known[name]
 
     def stored(self, key: str) -> torch.Tensor:
-        """What a stored tensor holds, in its type; of a packed one the numbers, in float32."""
+        """What a stored tensor holds, in its type; of a packed one and of blocks the numbers, in float32."""
         if key not in self._raw:
             stored = self.unit.scheme.tensors[key]
-            self._raw[key] = _held(self.formula(stored.value), stored, self.unit.constants["dtype"])
+            if stored.blocks is not None:
+                held = block_codec(stored.blocks).decode(self.blocks(key)).view(len(self.rows), -1, self.size)
+            else:
+                held = _held(self.formula(stored.value), stored, self.unit.constants["dtype"])
+            self._raw[key] = held
         return self._raw[key]
+
+    def blocks(self, key: str) -> torch.Tensor:
+        """The bytes of a stored tensor of blocks, one block in a row."""
+        stored = self.unit.scheme.tensors[key]
+        name = f"{key} in blocks"
+        if name not in self._raw:
+            values = self.whole(self.formula(stored.value)).reshape(-1, self.unit.constants["group"])
+            self._raw[name] = block_codec(str(stored.blocks)).encode(values)
+        return self._raw[name]
 
     def whole(self, value: torch.Tensor) -> torch.Tensor:
         """A value for every row and column, as a matrix."""
@@ -290,6 +304,8 @@ class Stored(Computed):
             blocks = [self._block(files, int(e) * height + np.arange(begin, end), 0, 1) for e in rows]
             return torch.stack([block.reshape(-1) for block in blocks])
         if any(dim.startswith("out") for dim in dims):
+            if (name := self.unit.scheme.tensors[self.key].blocks) is not None:
+                return self._bytes(files, rows, begin, end, block_codec(name))
             scale = {"in": 1, "in/2": 2, "in/group": self.unit.constants["group"]}[dims[-1]]
             own = np.stack([2 * rows, 2 * rows + 1], 1).ravel() if "out/2" in dims else rows
             return self._block(files, own, begin * scale, end * scale)
@@ -298,6 +314,20 @@ class Stored(Computed):
         if dims and dims[-1] == "expert":
             return self._block(files, np.arange(begin, end) * height, 0, 1).reshape(1, -1)
         return self._block(files, rows * height, 0, 1).expand(len(rows), end - begin)
+
+    def _bytes(self, files: SourceFiles, rows: Ints, begin: int, end: int, codec: Blocks) -> torch.Tensor:
+        """Some bytes of some rows of blocks."""
+        import torch
+
+        first, last = begin // codec.nbytes, -(-end // codec.nbytes)
+        step = max(1, STEP // self.unit.matrix.shape[2])
+        found = []
+        for i in range(0, len(rows), step):
+            block = _Block(self.unit, files, rows[i : i + step], first * codec.columns, last * codec.columns)
+            self._measure(block)
+            raw = block.blocks(self.key).view(len(block.rows), -1)
+            found.append(raw[:, begin - first * codec.nbytes : end - first * codec.nbytes])
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _block(self, files: SourceFiles, rows: Ints, begin: int, end: int) -> torch.Tensor:
         """What is stored of some rows and columns of the matrix, in its type."""

@@ -206,7 +206,7 @@ def transformers_model(config: Any, folder: Path, dtype: str = "float32", model_
 def takes(to: str, config: Config) -> bool:
     """Has the format a place for every tensor of a model?"""
     spec, model = catalog.format_spec(to), model_of(config)
-    if spec.closed and to not in model.architecture.formats:
+    if spec.closed and extension(spec, model.architecture) is None:
         return False
     lost = set(bound(to, model, Parallel()).homeless) - set(model.architecture.spare)
     return not lost

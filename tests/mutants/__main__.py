@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter, defaultdict
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -50,15 +52,23 @@ def main() -> int:
     return report(outcomes)
 
 
-def known() -> dict[str, str]:
-    """Mutant -> why it is no damage."""
+@cache
+def known() -> dict[re.Pattern[str], str]:
+    """What mutants that are no damage look like -> why. In equivalent.yaml a * stands for anything."""
     said = yaml.safe_load(EQUIVALENT.read_text(encoding="utf-8")) or []
-    return {mutant: entry["reason"] for entry in said for mutant in entry["mutants"]}
+    patterns = ((glob, entry["reason"]) for entry in said for glob in entry["mutants"])
+    return {re.compile(".*".join(map(re.escape, glob.split("*")))): reason for glob, reason in patterns}
+
+
+def reason(mutant: str) -> str | None:
+    """Why a mutant is no damage, if it is none."""
+    return next((why for pattern, why in known().items() if pattern.fullmatch(mutant)), None)
 
 
 def report(outcomes: list[Outcome]) -> int:
     """Print the score by kind and the survivors. Returns 1 where there is one without a reason."""
-    excused, by_kind = known(), defaultdict(Counter)
+    by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    excused = {o.mutant for o in outcomes if o.by is None and reason(o.mutant)}
     for outcome in outcomes:
         fate = outcome.by or ("equivalent" if outcome.mutant in excused else "SURVIVED")
         by_kind[outcome.kind][fate] += 1
@@ -72,7 +82,7 @@ def report(outcomes: list[Outcome]) -> int:
         f"score: {killed} of {len(outcomes)} killed, {len(outcomes) - killed - len(left)} equivalent, {len(left)} left"
     )
     for outcome in sorted(left, key=lambda o: o.mutant):
-        print(f"  survived {outcome.tried} cases: {outcome.mutant}")
+        print(f"  survived {outcome.tried} cases: {outcome.mutant} {outcome.said}".rstrip())
     return int(bool(left))
 
 

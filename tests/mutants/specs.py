@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +21,10 @@ Step = str | int
 
 @dataclass(frozen=True)
 class Mutant:
-    """One damaged spec. `pattern` is the rule that was changed, where a rule was and its conditions were not."""
+    """One damaged spec. `pattern` is the rule that was changed, where one was.
+
+    A `wide` change may show itself in models that have nothing to do with the rule, such as those that it was not for.
+    """
 
     spec: tuple[str, str]  # kind and name
     kind: str
@@ -27,6 +32,7 @@ class Mutant:
     what: str
     data: Data = field(repr=False)
     pattern: str | None = None
+    wide: bool = False
 
     def __str__(self) -> str:
         return f"{self.spec[1]} | {self.kind} | {self.where} | {self.what}"
@@ -43,20 +49,24 @@ def mutants(kind: str, name: str) -> Iterator[Mutant]:
 
 
 def _all(kind: str, name: str, data: Data) -> Iterator[Mutant]:
-    def made(what_kind: str, where: str, what: str, changed: Data, pattern: str | None = None) -> Mutant:
-        return Mutant((kind, name), what_kind, where, what, changed, pattern)
+    def made(what_kind: str, where: str, what: str, changed: Data, pattern: str = "", wide: bool = False) -> Mutant:
+        return Mutant((kind, name), what_kind, where, what, changed, pattern or None, wide or not pattern)
 
+    ones = _ones(kind, data)
     for pattern, index, rule in _rules(data):
         where = pattern if index is None else f"{pattern}.{index}"
         if isinstance(rule.get("layout"), str):
-            for op, layout in _layouts(parse(" ".join(rule["layout"].split()))):
+            before = parse(" ".join(rule["layout"].split()))
+            for op, layout in _layouts(before):
+                if _without(layout, ones) == _without(before, ones):
+                    continue
                 changed = _with(data, _place(pattern, index), {**rule, "layout": str(layout)})
                 yield made(op, where, str(layout), changed, pattern)
         for op, key, value in _fields(rule):
             changed_rule = {k: v for k, v in rule.items() if k != key} | ({} if value is None else {key: value})
             changed = _with(data, _place(pattern, index), changed_rule)
-            yield made(op, where, f"{key}: {value}", changed, None if key in ("when", "stage", "choice") else pattern)
-        yield made("drop a rule", where, "dropped", _dropped(data, _place(pattern, index)), pattern)
+            yield made(op, where, f"{key}: {value}", changed, pattern, key in _DECIDE)
+        yield made("drop a rule", where, "dropped", _dropped(data, _place(pattern, index)), pattern, wide=True)
     yield from (made("exchange names", f"{a} <-> {b}", "exchanged", changed, a) for a, b, changed in _exchanged(data))
     for op, path, value in _elsewhere(data):
         where = ".".join(map(str, path))
@@ -65,6 +75,8 @@ def _all(kind: str, name: str, data: Data) -> Iterator[Mutant]:
 
 
 _DROP = object()
+#: Which models a rule is for: a change shows itself in those that the rule was not for.
+_DECIDE = ("when", "stage", "choice", "optional", "replica")
 
 
 def _rules(data: Data) -> Iterator[tuple[str, int | None, Data]]:
@@ -73,6 +85,20 @@ def _rules(data: Data) -> Iterator[tuple[str, int | None, Data]]:
         for index, rule in enumerate(said) if isinstance(said, list) else [(None, said)]:
             if rule is not None:
                 yield pattern, index, {"layout": rule} if isinstance(rule, str) else dict(rule)
+
+
+def _ones(kind: str, data: Data) -> set[str]:
+    """The axes that have one index in every model of a spec and of those that extend it: they stand anywhere."""
+    axes, facts = data.get("axes") or {}, (data.get("config") or {}).get("facts") or {}
+    found = {axis for axis, size in axes.items() if size == "1"}
+    alike = isinstance(facts.get("kv_heads"), dict) and facts["kv_heads"].get("read") == facts.get("heads")
+    heirs = any(catalog._read_yaml(path).get("extends") == data["name"] for path in catalog._files(kind).values())
+    return found | ({"rep"} if alike and not heirs and axes.get("rep") == "heads // kv_heads" else set())
+
+
+def _without(layout: Layout, axes: set[str]) -> list[str]:
+    """The words of a layout less the names of some axes."""
+    return [word for word in re.findall(r"[\w.@]+|[^\w\s]", str(layout)) if word not in axes]
 
 
 def _place(pattern: str, index: int | None) -> tuple[Step, ...]:
@@ -215,7 +241,8 @@ def _elsewhere(data: Data) -> Iterator[tuple[str, tuple[Step, ...], Any]]:
         yield "change a size", ("axes", axis), f"({text}) + 1"
         yield "change a size", ("axes", axis), _DROP
     for name, value in (data.get("facts") or {}).items():
-        yield "change a fact", ("facts", name), not value if isinstance(value, bool) else _other(value)
+        others = [other for other in _said(name) if other != value and type(other) is type(value)]
+        yield "change a fact", ("facts", name), others[0] if others else _other(value)
     for i, tie in enumerate(data["tied"] if isinstance(data.get("tied"), list) else []):
         yield "drop a tie", ("tied", i), _DROP
         yield "drop a tie", ("tied", i, "when"), f"not ({tie['when']})"
@@ -243,6 +270,17 @@ def _elsewhere(data: Data) -> Iterator[tuple[str, tuple[Step, ...], Any]]:
         for section in ("requires", "limits", "options"):
             for key in (added or {}).get(section) or {}:
                 yield "drop what a family adds", ("formats", to, section, key), _DROP
+
+
+@cache
+def _said(fact: str) -> list[Any]:
+    """What the built-in architectures say a fact is."""
+    files = catalog._files("architecture").values()
+    return list(
+        {
+            repr(v): v for path in files if (v := (catalog._read_yaml(path).get("facts") or {}).get(fact)) is not None
+        }.values()
+    )
 
 
 def _config(config: Mapping[str, Any], at: tuple[Step, ...]) -> Iterator[tuple[str, tuple[Step, ...], Any]]:

@@ -46,4 +46,5 @@ def test_damaged_goldens_are_found() -> None:
 
 def test_every_excused_mutant_is_one() -> None:
     """What equivalent.yaml lists is made still: a spec that changed has other mutants."""
-    assert set(known()) <= {str(mutant) for mutant in all_mutants()}
+    made = [str(mutant) for mutant in all_mutants()]
+    assert [pattern.pattern for pattern in known() if not any(pattern.fullmatch(mutant) for mutant in made)] == []

@@ -85,13 +85,10 @@ class Container:
         """
         root = megatron_dirs.place(request)
         members: dict[Rank, list[int]] = defaultdict(list)
-        objects: dict[Rank, list[str]] = defaultdict(list)
         in_rows = {i for row in request.rows for i, _ in row.members}
         for i, slot in enumerate(request.slots):
             if i not in in_rows:
                 members[slot.rank._replace(vpp=0)].append(i)
-        for entry in request.objects:
-            objects[entry.rank._replace(vpp=0)].append(entry.name)
         rows: dict[Rank, list[Row]] = defaultdict(list)
         for row in request.rows:
             rows[row.rank].append(row)

@@ -56,9 +56,11 @@ lint: $(READY)
 types: $(READY)
 	$(RUN) -m mypy registry formats
 
+# Every benchmark, its results in benchmarks/results/, and the plots: a quarter of an hour on a quiet machine.
+# BENCH_ARGS="bench use" runs those alone. mergekit is left out where it is not installed; the plots need matplotlib.
 bench: $(READY)
-	$(RUN) -m benchmarks.bench $(BENCH_ARGS)
-	$(RUN) -m benchmarks.training
+	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt matplotlib mergekit
+	$(RUN) -m benchmarks $(BENCH_ARGS)
 
 # Opens and plans the largest published models from headers alone, and prints what it took.
 scale: $(READY)
@@ -96,6 +98,8 @@ $(READY): $(LIBRARY)
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt ray
 	# Those of URLs are skipped without fsspec's S3 and a server to try it on.
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt s3fs 'moto[s3]' flask flask-cors
+	# The example of a third party's format, and its tests, need its package.
+	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt gguf
 	# Pages are looked at in a browser, Debian's chromium with chromium-driver, through this.
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt selenium
 	# The site, and the checks of the wheel, the workflow and the commit hook, are skipped without these.

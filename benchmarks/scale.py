@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import measure as shared
+
 #: Published config, what is changed in it, and the stages: 16 do not divide 61 layers.
 DEEPSEEK_STAGES = [4] * 13 + [3] * 3
 ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -77,24 +79,28 @@ def peak() -> int:
 
 def main() -> None:
     """Print the table."""
+    chosen = shared.options(__doc__, "scale").parse_args()
+    rows: list[dict[str, Any]] = []
     seconds = ("import", "open", "plan", "say", "total", "wall")
     columns = ("tensors", "billions", *(f"{key} s" for key in seconds), "MiB", "own MiB", "µs a tensor")
     print(f"{'model':<34}" + "".join(f"{name:>12}" for name in columns))
     for name, changes, parallel in ROWS:
         with tempfile.TemporaryDirectory() as folder:
             tensors, billions = write(name, changes, Path(folder))
-            line = [sys.executable, "-m", "benchmarks.scale", folder, json.dumps(parallel)]
+            line = [sys.executable, "-m", "benchmarks.scale", "--child", folder, json.dumps(parallel)]
             found = json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+        rows.append({"name": name, "changes": changes, "tensors": tensors, "billions": billions, **found})
         shown = "".join(f" {key}={value}" for key, value in changes.items())
         cells = [
             f"{tensors:,}", f"{billions:,.0f}", *(f"{found[key]:.2f}" for key in seconds),
             *(f"{found[key] / 2**20:,.0f}" for key in ("peak", "own")), f"{found['total'] / tensors * 1e6:.1f}",
         ]  # fmt: skip
         print(f"{name + shown:<34}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+    shared.write(chosen.output, shared.made(chosen.dir), rows)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        print(json.dumps(measure(sys.argv[1], json.loads(sys.argv[2]))))
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(measure(sys.argv[2], json.loads(sys.argv[3]))))
     else:
         main()

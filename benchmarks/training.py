@@ -8,7 +8,6 @@ the call in the slowest rank and, under "process", of the whole run with its imp
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -21,7 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.bench import copy, files_of, settle
+from benchmarks import measure as shared
+from benchmarks.measure import copy, files_of, prime, settle
 
 HIDDEN, FFN, VOCAB, HEADS, GROUPS = 1536, 4096, 32000, 12, 4
 SYSTEMS = ("registry", "torch dcp", "megatron-core")
@@ -214,16 +214,8 @@ def ranks(system: str, do: str, path: Path, layers: int, world: int) -> tuple[fl
     return max(float(json.loads(output.splitlines()[-1])) for output in outputs), seconds
 
 
-def _prime(kept: Path, copied: Path) -> None:
-    """Bring the files into the page cache, and make the host find the memory that as many new ones need."""
-    for _ in range(2):
-        copy(kept, copied, durable=False)
-        shutil.rmtree(copied)
-    settle()
-
-
-def measure(folder: Path, layers: int, pairs: int) -> Iterator[str]:
-    """The lines of the table."""
+def measure(folder: Path, layers: int, pairs: int, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The lines of the table; what they say is added to `rows`."""
     yield f"{'':<16}{'':<12}{'MB':>7}{'cp s':>8}{'call s':>8}{'ratio':>8}{'process':>9}{'ratio':>8}"
     for system in SYSTEMS:
         kept, saved, copied = folder / "kept", folder / "saved", folder / "copy"
@@ -231,22 +223,27 @@ def measure(folder: Path, layers: int, pairs: int) -> Iterator[str]:
         for do, world in (("save", 1), ("load", 2)):
             times: list[tuple[float, float, float]] = []
             for _ in range(pairs):
-                _prime(kept, copied)
+                prime(kept, folder)
                 call, process = ranks(system, do, kept if do == "load" else saved, layers, world)
                 shutil.rmtree(saved, ignore_errors=True)
-                _prime(kept, copied)
+                prime(kept, folder)
                 times.append((call, process, copy(kept, copied, durable=False).call))
                 shutil.rmtree(copied)
             size = sum(file.stat().st_size for file in files_of(kept))
             call, process, cp = (median(column) for column in zip(*times, strict=True))
+            ratios = median(t[0] / t[2] for t in times), median(t[1] / t[2] for t in times)
+            rows.append({
+                "name": f"{system}: {do}", "nbytes": size, "cp": cp, "call": call, "process": process,
+                "ratio": ratios[0], "process_ratio": ratios[1],
+            })  # fmt: skip
             yield (
                 f"{system:<16}{do + (' tp1->tp2' if do == 'load' else ''):<12}{size / 1e6:>7.0f}{cp:>8.2f}"
-                f"{call:>8.2f}{median(t[0] / t[2] for t in times):>8.2f}"
-                f"{process:>9.2f}{median(t[1] / t[2] for t in times):>8.2f}"
+                f"{call:>8.2f}{ratios[0]:>8.2f}{process:>9.2f}{ratios[1]:>8.2f}"
             )  # fmt: skip
         if system == "registry":
             settle()
             blocked, _ = ranks(system, "background", saved, layers, 1)
+            rows.append({"name": "registry: background", "blocked": blocked})
             yield f"{system:<16}a save in the background holds training up for {blocked:.2f} s"
             shutil.rmtree(saved)
         shutil.rmtree(kept)
@@ -258,14 +255,15 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["--child"]:
         system, do, path, layers, rank, world, store = argv[1:]
         _child(system, do, path, int(layers), int(rank), int(world), store)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser = shared.options(__doc__, "training")
     parser.add_argument("--layers", type=int, default=8, help="layers of the model (default 8: 3 GB of state)")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each, with a run of cp beside it")
-    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     chosen = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="registry-bench-") as folder:
-        for line in measure(Path(folder), chosen.layers, chosen.pairs):
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=shared.made(chosen.dir)) as folder:
+        for line in measure(Path(folder), chosen.layers, chosen.pairs, rows):
             print(line, flush=True)
+    shared.write(chosen.output, chosen.dir, rows, pairs=chosen.pairs)
 
 
 if __name__ == "__main__":

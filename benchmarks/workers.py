@@ -8,6 +8,7 @@ target's pages in, and the best of the others counts. What the engines write is 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -18,8 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import models
-from benchmarks.bench import settle
+from benchmarks import measure, models
 
 _TIMES = 3
 
@@ -45,7 +45,7 @@ def child(engine: str, workers: int, source: str, target: str) -> None:
         print(json.dumps(seconds))
 
 
-def measure(engine: str, workers: int, source: Path, target: Path) -> float:
+def timed(engine: str, workers: int, source: Path, target: Path) -> float:
     """The best time of a set of processes, in seconds."""
     command = [sys.executable]
     if engine == "torchrun":
@@ -55,7 +55,7 @@ def measure(engine: str, workers: int, source: Path, target: Path) -> float:
         own = ["--nproc-per-node", str(workers), "--master-addr", "127.0.0.1", "--master-port", port]
         command += ["-m", "torch.distributed.run", *own]
     command += ["-m", "benchmarks.workers", "--child", engine, str(workers), str(source), str(target)]
-    settle()
+    measure.settle()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=3600, check=True)
     seconds: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
     return min(seconds[1:])
@@ -68,19 +68,17 @@ def same(a: Path, b: Path) -> bool:
 
 def main() -> None:
     """Print a table, and write the figures where `--output` says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.options(__doc__, "workers")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--engines", nargs="+", default=["local", "ray", "torchrun"])
-    parser.add_argument("--scratch", type=Path, help="where the model and the targets go; default: a new directory")
-    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         engine, workers, source, target = args.child
         child(engine, int(workers), source, target)
         return
-    scratch = Path(tempfile.mkdtemp(dir=args.scratch))
+    scratch = Path(tempfile.mkdtemp(dir=measure.made(args.dir)))
     rows: list[dict[str, Any]] = []
     try:
         source = models.write(scratch / "model", *models.llama(int(args.gigabytes * 1e9)))
@@ -89,9 +87,12 @@ def main() -> None:
         print(f"{'engine':<10}{'workers':>8}{'seconds':>10}{'GB/s':>8}{'speed-up':>10}")
         first = None
         for engine in args.engines:
+            if engine == "ray" and importlib.util.find_spec("ray") is None:
+                print("ray is not installed")
+                continue
             for workers in args.workers:
                 target = scratch / f"{engine}-{workers}"
-                seconds = measure(engine, workers, source, target)
+                seconds = timed(engine, workers, source, target)
                 rows.append({"engine": engine, "workers": workers, "seconds": seconds, "nbytes": nbytes})
                 alone = next(row["seconds"] for row in rows if row["engine"] == engine)
                 speed = nbytes / seconds / 1e9
@@ -104,8 +105,7 @@ def main() -> None:
                     shutil.rmtree(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if args.output:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+    measure.write(args.output, args.dir, rows)
 
 
 if __name__ == "__main__":

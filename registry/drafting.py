@@ -18,7 +18,18 @@ from typing import Any
 from attrs import frozen
 
 from registry.config_rules import FactMap
-from registry.drafting_habits import Habit, Habits, Known, Shape, Template, evaluated_size, fits, known, templates
+from registry.drafting_habits import (
+    Habit,
+    Habits,
+    Known,
+    Shape,
+    Template,
+    evaluated_size,
+    fits,
+    known,
+    mentions,
+    templates,
+)
 from registry.drafting_sizes import Guesses, guess, number_fields
 from registry.drafting_text import Draft, Line
 from registry.errors import ArgumentError, CheckpointError
@@ -40,6 +51,16 @@ def draft(path: Path, *, name: str | None = None, leave: Collection[str] = ()) -
         raise ArgumentError(
             "a spec is drafted of a model as HuggingFace has it", where=path, expected="config.json and safetensors",
             found=spec.name, hint="get the model's own directory",
+        )  # fmt: skip
+    if not opened.pieces:
+        raise CheckpointError(
+            "a directory without tensors", where=path, expected="at least one", found="none",
+            hint="get the model again, with all of its files",
+        )  # fmt: skip
+    if braced := [piece.name for piece in opened.pieces if "{" in piece.name or "}" in piece.name]:
+        raise CheckpointError(
+            "a tensor with braces in its name", where=path, expected="names that a spec can say",
+            found=repr(braced[0])[:200], hint="rename it: braces stand for indices in a spec",
         )  # fmt: skip
     document = opened.document
     called = name or document.get("model_type")
@@ -84,20 +105,23 @@ class _Drafter:
 
     def draft(self) -> Draft:
         """The whole draft."""
-        if not self.found:
-            raise CheckpointError("a directory without tensors", expected="at least one", found="none")
         self._within()
         chosen = [self._choose(template) for template in self.found]
         ignored = self._ignored()
-        for one in sorted(chosen, key=lambda c: 2 if not c.habits else c.habits[0].known is not self.base):
-            if one.template.name not in ignored:
-                self._rule(one)
+        for one in sorted((one for one in chosen if one.template.name not in ignored), key=self._order):
+            self._rule(one)
         patterns = {_template(pattern): pattern for pattern in self.out.tensors}
         order = [patterns[one.template.name] for one in chosen if one.template.name in patterns]
         self.out.tensors = {pattern: self.out.tensors[pattern] for pattern in order}  # as the files have them
         self._ties()
         self._needed()
         return self.out
+
+    def _order(self, one: _Chosen) -> int:
+        """What is the surest has its names and axes first."""
+        if not one.habits:
+            return 3
+        return 0 if one.habits[0].known is self.base and one.habits[0].whole else 1 if one.habits[0].whole else 2
 
     # Which habit.
 
@@ -150,6 +174,9 @@ class _Drafter:
             return self._plain(one.template, clash if one.habits else str(one.doubt))
         value = {"layout": habit.rule.layout} | ({"shape": habit.rule.shape} if habit.rule.shape else {})
         doubt = one.doubt
+        if habit is not one.habits[0]:
+            first = one.habits[0]
+            doubt = f"not {first.rule.layout} as in {first.known.spec.name}, whose tensors or axes are taken already"
         when = habit.rule.when
         if when is not None and self._agrees(habit, one.template) and self._sayable(when, habit.known):
             value["when"] = when
@@ -180,6 +207,9 @@ class _Drafter:
         """Lay a tensor out as it is stored, in axes that have its sizes."""
         label = ".".join(filter(None, (_NAME.sub("_", s) for s in template.segments if s != "{}")))
         label = re.sub(r"(^|\.)(\d)", r"\1n\2", label)  # a label begins with a letter
+        taken = {t for lines in self.out.tensors.values() for line in lines for t in _layout(line).tensors}
+        while label in taken:
+            label += "_again"
         names = [self._own_axis(hole, template.counts(hole)[-1] + 1) for hole in range(template.holes)]
         by_shape: dict[Shape, list[int]] = defaultdict(list)
         for index, size in template.shapes.items():
@@ -206,8 +236,10 @@ class _Drafter:
                 return axis
         for one in ([self.base] if self.base else []) + self.known:
             for axis in one.spec.axes:
-                bare = one.spec.axes[axis] in one.spec.config.facts and axis not in {*taken, *self.out.axes}
-                if bare and one.size(axis, 0) == size and _present(self.document, one, axis) and self._axis(axis, one):
+                fact = one.spec.axes[axis]
+                if fact not in one.spec.config.facts or axis in {*taken, *self.out.axes}:
+                    continue
+                if one.size(axis, 0) == size and mentions(self.document, one.spec, fact) and self._axis(axis, one):
                     return axis
         axis = f"size_{size}"
         while axis in taken or axis in self.out.axes:
@@ -222,7 +254,7 @@ class _Drafter:
 
     def _own_axis(self, hole: int, size: int) -> str:
         """An axis of indices: that of the layers is long enough for all of them, others are as long as they are."""
-        axis = _HOLES[hole]
+        axis = _HOLES[hole] if hole < len(_HOLES) else f"index_{hole}"
         found = self._own_size(axis) if axis in self.out.axes else None
         if found == size or (hole == 0 and found is not None and found > size):
             return axis
@@ -262,7 +294,7 @@ class _Drafter:
             self.out.config[name] = Line(path, self.guesses.doubts.get(name) or f"by its number alone: {value}")
             self.out.values[name] = value
             return True
-        entry = those.spec.config.facts.get(name)
+        entry = those.entries.get(name)
         if entry is None:
             return False
         self.out.config[name] = Line(_entry(entry))
@@ -302,8 +334,8 @@ class _Drafter:
         base = self.base
         if base is None:
             return
-        for name, entry in base.spec.config.facts.items():
-            if name not in self.out.values and any(_said(self.document, p) for p in base.spec.config.paths(name)):
+        for name, entry in base.entries.items():
+            if name not in self.out.values and mentions(self.document, base.spec, name):
                 self.out.config[name] = Line(_entry(entry))
                 self.out.values[name] = base.facts.get(name)
         for name, value in base.spec.facts.items():
@@ -334,20 +366,6 @@ def _entry(entry: FactMap) -> Any:
     if "values" in value:
         value["values"] = [list(pair) for pair in value["values"]]
     return value["field"] if list(value) == ["field"] and isinstance(value["field"], str) else value
-
-
-def _said(document: Mapping[str, Any], path: str) -> bool:
-    value: Any = document
-    for step in path.split("."):
-        if not isinstance(value, Mapping) or step not in value:
-            return False
-        value = value[step]
-    return True
-
-
-def _present(document: Mapping[str, Any], those: Known, axis: str) -> bool:
-    """Does the config say the fact that is the size of an axis?"""
-    return any(_said(document, path) for path in those.spec.config.paths(those.spec.axes[axis]))
 
 
 def _facts(

@@ -8,7 +8,7 @@ unknown config says in the fields of the habit's own spec.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -17,7 +17,7 @@ from attrs import field, frozen
 
 from registry import catalog, expressions
 from registry.boxes import Box, shape
-from registry.config_rules import ConfigMap
+from registry.config_rules import ConfigMap, FactMap
 from registry.errors import RegistryError
 from registry.layout import parse
 from registry.model import read_facts
@@ -94,10 +94,14 @@ def _literal(names: Iterable[str]) -> set[str]:
 
 @frozen(eq=False)
 class Known:
-    """A known architecture, asked about an unknown model: its facts by the model's config, and the sizes they give."""
+    """A known architecture, asked about an unknown model: its facts by the model's config, and the sizes they give.
+
+    `entries` are where the facts are read: in its own fields, or where the config has none of those, in another's.
+    """
 
     spec: ArchitectureSpec
     facts: Mapping[str, Any]
+    entries: Mapping[str, FactMap]
     _sizes: dict[tuple[str, int], int | None] = field(factory=dict)
 
     def size(self, axis: str, layer: int) -> int | None:
@@ -141,15 +145,44 @@ def evaluated_size(text: str, axes: Iterable[str], facts: Mapping[str, Any], lay
 
 
 def known(document: Mapping[str, Any], leave: Collection[str], facts: Mapping[str, Any]) -> list[Known]:
-    """Every known architecture but those in `leave`; `facts` are certain, whatever their specs read."""
+    """Every known architecture but those in `leave`; `facts` are certain, whatever their specs read.
+
+    What the config says in a field of one family's takes the place of another family's default.
+    """
+    specs = [catalog.architecture(name) for name in catalog.names("architecture") if name not in leave]
+    read = [_read(document, spec.config) for spec in specs]
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    entries: dict[str, tuple[Any, FactMap]] = {}
+    for spec, own in zip(specs, read, strict=True):
+        for name, entry in spec.config.facts.items():
+            if own.get(name) is not None and mentions(document, spec, name):
+                key = f"{own[name]!r} {entry!r}"
+                said[name][key] += 1
+                entries[key] = own[name], entry
+    borrowed = {name: entries[votes.most_common(1)[0][0]] for name, votes in said.items()}
     found = []
-    for name in catalog.names("architecture"):
-        if name in leave:
-            continue
-        spec = catalog.architecture(name)
-        read = _read(document, spec.config)
-        found.append(Known(spec, {**{k: v for k, v in read.items() if v is not None}, **spec.facts, **facts}))
+    for spec, own in zip(specs, read, strict=True):
+        mine = {k: (own.get(k), entry) for k, entry in spec.config.facts.items()}
+        for name, (_, entry) in list(mine.items()):
+            if name in borrowed and entry.read is None and not mentions(document, spec, name):
+                mine[name] = borrowed[name]
+        values = {name: value for name, (value, _) in mine.items() if value is not None}
+        found.append(Known(spec, {**values, **spec.facts, **facts}, {name: entry for name, (_, entry) in mine.items()}))
     return found
+
+
+def mentions(document: Mapping[str, Any], spec: ArchitectureSpec, fact: str) -> bool:
+    """Does a config hold a field in which a spec looks for a fact?"""
+    return any(_said(document, path) for path in spec.config.paths(fact))
+
+
+def _said(document: Mapping[str, Any], path: str) -> bool:
+    value: Any = document
+    for step in path.split("."):
+        if not isinstance(value, Mapping) or step not in value:
+            return False
+        value = value[step]
+    return True
 
 
 def _read(document: Mapping[str, Any], config: ConfigMap) -> dict[str, Any]:

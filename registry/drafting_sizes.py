@@ -39,7 +39,8 @@ class Guesses:
 def number_fields(document: Mapping[str, Any], those: Sequence[ArchitectureSpec]) -> dict[str, int]:
     """The whole numbers of a config, those in fields that no known architecture reads first."""
     read = {path.rpartition(".")[2] for spec in those for fact in spec.config.facts for path in spec.config.paths(fact)}
-    found = {k: v for k, v in document.items() if type(v) is int and v > 0 and not k.endswith("_id")}
+    numbers = {name: value for name, value in document.items() if type(value) is int and value > 0}
+    found = {name: value for name, value in numbers.items() if name.isidentifier() and not name.endswith("_id")}
     return dict(sorted(found.items(), key=lambda field: field[0] in read))
 
 

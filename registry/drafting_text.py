@@ -57,23 +57,25 @@ class Draft:
                         for p, several in self.tensors.items()},
             "ignored": [line.value for line in self.ignored],
         }  # fmt: skip
-        return {key: value for key, value in whole.items() if value not in ([], {})}
+        return {key: value for key, value in whole.items() if value not in ([], {}) or key == "axes"}
 
     def text(self) -> str:
         """The spec as YAML, its doubts as comments."""
         out = [
             f"# A draft, made of the config and the headers of one model: {len(self.doubts)} places are marked `?:`.",
             "# Look at each, and at what the model's class computes. docs/tutorials/add-an-architecture.md goes on.",
-            "kind: architecture", f"name: {self.name}", f"description: {_flow(self.description)}", "", "axes:",
+            "kind: architecture", f"name: {self.name}", f"description: {_flow(self.description)}", "",
+            "axes:" if self.axes else "axes: {}",
         ]  # fmt: skip
         out += _lines(self.axes, 2)
         out += ["", "facts:", *_lines(self.facts, 2)] if self.facts else []
         out += ["", "config:"] + ([f"  within: {self.within}"] if self.within else [])
-        out += ["  facts:", *_lines(self.config, 4), "  constants:", *_lines(self.constants, 4)]
+        out += ["  facts:" if self.config else "  facts: {}", *_lines(self.config, 4)]
+        out += ["  constants:", *_lines(self.constants, 4)]
         out += ["", "tied:", *_items(self.tied)] if self.tied else []
         out += ["", "tensors:"]
         for pattern, lines in self.tensors.items():
-            out += _lines({pattern: lines[0]}, 2) if len(lines) == 1 else [f"  {pattern}:", *_items(lines, 4)]
+            out += _lines({pattern: lines[0]}, 2) if len(lines) == 1 else [f"  {_key(pattern)}:", *_items(lines, 4)]
         out += ["", "ignored:", *_items(self.ignored)] if self.ignored else []
         return "\n".join(out) + "\n"
 
@@ -94,10 +96,15 @@ def _flow(value: Any) -> str:
     return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text  # YAML's floats have a point
 
 
+def _key(name: str) -> str:
+    """A key: what a checkpoint calls its tensors is not to be trusted."""
+    return name if re.fullmatch(r"[A-Za-z][\w.{}+-]*", name) and name.lower() not in _WORDS else json.dumps(name)
+
+
 def _lines(lines: Mapping[str, Line], indent: int) -> Iterator[str]:
     for key, line in lines.items():
         yield from _marked(line, indent)
-        yield f"{' ' * indent}{key}: {_flow(line.value)}"
+        yield f"{' ' * indent}{_key(key)}: {_flow(line.value)}"
 
 
 def _items(lines: Sequence[Line], indent: int = 2) -> Iterator[str]:
@@ -108,4 +115,4 @@ def _items(lines: Sequence[Line], indent: int = 2) -> Iterator[str]:
 
 def _marked(line: Line, indent: int) -> Iterator[str]:
     if line.doubt:
-        yield f"{' ' * indent}# ?: {line.doubt}"
+        yield f"{' ' * indent}# ?: {' '.join(line.doubt.split())}"  # a name in it could end the line

@@ -178,7 +178,7 @@ def _bound(
         parameters=sum(types.values()),
         active=_active(source),
         dtypes=dict(types),
-        facts=model.facts,
+        facts=_facts(source),
         optimizer=optimizer,
         padded=dict(source.bound.padded),
         left_out=dict(source.bound.left_out),
@@ -242,6 +242,12 @@ def _optimizer(path: PathLike, config: PathLike | Mapping[str, Any] | None, arch
         return f"yes, but it cannot be read: {error.problem}"
     kinds = dict.fromkeys(tensor.split(".")[1] for tensor in found.tensors if is_state(tensor))
     return ", ".join(kinds) or "its settings alone"
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """The facts that the model's family has: a format's document says more, of every family's."""
+    own = source.architecture
+    return {k: v for k, v in source.model.facts.items() if k in {*own.facts, *own.config.facts, "dtype"}}
 
 
 def _active(source: Source) -> int | None:

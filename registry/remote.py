@@ -26,8 +26,15 @@ from registry.store import Info, Store, asking
 #: Bytes that the small reads of a header get at a time, and at which separate wanted stretches are one request.
 _BLOCK = 64 << 10
 _NEAR = 16 << 10
-#: Connections at a time, for file systems that would have fewer than we have threads.
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"max_pool_connections": 64}}}
+#: As many connections as we have threads, and a server that says nothing is given up sooner: s3fs asks five times,
+#: botocore five times in each of these, and each waits for 15 seconds.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {
+            "max_pool_connections": 64, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 2},
+        }
+    }
+}  # fmt: skip
 #: What file systems call that which changes with an object's content.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "generation", "version_id", "checksum")
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "updated", "created")

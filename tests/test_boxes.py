@@ -481,3 +481,42 @@ def test_a_shape_that_does_not_fit_is_an_error_that_says_both() -> None:
 def test_parts_that_do_not_fit_together_are_an_error(tensors: dict[str, torch.Tensor], problem: str) -> None:
     with pytest.raises(LayoutError, match=problem):
         assemble(parse("[x: a | y: b]"), tensors, {"a": 2, "b": 3})
+
+
+# Axes that are taken apart.
+
+
+@pytest.mark.parametrize(
+    ("layout", "order"),
+    [
+        ("x: (a c/2 2) b", (0, 2, 1, 3)),
+        ("x: (a 2 c/2) b", (0, 1, 2, 3)),
+        ("x: (2 a) c/2 b", (1, 0, 2, 3)),
+        ("x: c/2 (b a 2)", (2, 3, 0, 1)),
+    ],
+)
+def test_an_axis_that_is_taken_apart_lies_as_torch_has_it(layout: str, order: tuple[int, ...]) -> None:
+    """The parts are those of `unflatten`; every box of the stored tensor holds what it says it does."""
+    sizes = {"a": 3, "b": 2, "c": 6}
+    parsed = parse(layout)
+    logical = torch.arange(36).reshape(3, 6, 2)
+    stored = logical.unflatten(1, (2, 3)).permute(*order).reshape(shape(parsed, Box(sizes)))
+    for begin in itertools.product(*map(range, stored.shape)):
+        piece = [(first, n - first) for first, n in zip(begin, stored.shape, strict=True)]
+        held = stored[tuple(slice(first, None) for first in begin)].flatten()
+        seen = torch.full_like(held, -1)
+        for f in fragments(parsed, Box(sizes), piece=piece):
+            for index in itertools.product(*map(range, f.size)):
+                at = dict(zip(f.axes, (lo + i for lo, i in zip(f.lo, index, strict=True)), strict=True))
+                place = f.offset + sum(i * step for i, step in zip(index, f.stride, strict=True))
+                assert seen[place] == -1
+                seen[place] = logical[at["a"], at["c"], at["b"]]
+        assert torch.equal(seen, held)
+
+
+def test_what_an_axis_that_is_taken_apart_cannot_be() -> None:
+    with pytest.raises(LayoutError, match="c/2 does not divide"):
+        shape(parse("x: c/2 2"), Box({"c": 5}))
+    with pytest.raises(LayoutError, match="no view"):
+        views(parse("x: c/2 2"), torch.zeros(2, 2), {"c": 4})
+    assert str(parse("x: ( a/2  2 ) b")) == "x: (a/2 2) b"

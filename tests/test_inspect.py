@@ -115,6 +115,13 @@ def test_a_dense_model_has_no_active_parameters(hf_model: Models) -> None:
     assert registry.inspect(hf_model("llama3")).active is None
 
 
+def test_the_facts_are_those_of_the_family(hf_model: Models, tmp_path: Path) -> None:
+    """Megatron's own document says more, of experts and state spaces, whatever the model."""
+    source = hf_model("llama3")
+    registry.convert(source, tmp_path / "there", to="megatron")
+    assert registry.inspect(tmp_path / "there").facts == registry.inspect(source).facts
+
+
 def test_what_does_not_fit_is_a_problem_and_no_error(hf_model: Models, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(hf_model("llama3"), broken)

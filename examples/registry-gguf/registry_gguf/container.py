@@ -203,4 +203,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     elif isinstance(value, str):
         writer.add_string(key, value)
     else:
-        raise MappingError("GGUF has no form for a value", where=key, expected="a number or text", found=repr(value))
+        raise MappingError(
+            "GGUF has no form for a value", where=key, expected="a number or text", found=repr(value),
+            hint="leave it out of `config` in the spec, or write it as several fields",
+        )  # fmt: skip

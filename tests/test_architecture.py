@@ -59,7 +59,7 @@ def rows() -> dict[str, list[str]]:
 
 
 def names(pattern: str, module: str) -> bool:
-    """`engines.*` names the package itself and all that is in it, `drafting*` all that begins so."""
+    """`engines.*` names the package itself and all that is in it."""
     return fnmatchcase(module, pattern) or module == pattern.removesuffix(".*")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import define, field
 
-from registry.drafting_habits import Habits, Known, Template
+from registry.drafting.habits import Habits, Known, Template
 from registry.layout import Axis, parse
 from registry.specs import ArchitectureSpec
 

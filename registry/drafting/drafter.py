@@ -18,7 +18,7 @@ from typing import Any
 from attrs import frozen
 
 from registry.config_rules import FactMap
-from registry.drafting_habits import (
+from registry.drafting.habits import (
     Habit,
     Habits,
     Known,
@@ -30,8 +30,8 @@ from registry.drafting_habits import (
     mentions,
     templates,
 )
-from registry.drafting_sizes import Guesses, guess, number_fields
-from registry.drafting_text import Draft, Line
+from registry.drafting.sizes import Guesses, guess, number_fields
+from registry.drafting.text import Draft, Line
 from registry.errors import ArgumentError, CheckpointError
 from registry.layout import Layout, parse
 from registry.source import opened_at

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 from registry.dtypes import ITEMSIZE, is_float
+from registry.values import extremes, spare
 
 if TYPE_CHECKING:
     import torch
@@ -42,16 +43,19 @@ class Watch:
             return True
         return a != b and ITEMSIZE[b] <= ITEMSIZE[a]
 
-    def note(self, tensor: str, values: Values, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Compare values before and after."""
+    def note(
+        self, tensor: str, values: Values, before: torch.Tensor, after: torch.Tensor, low: float, high: float
+    ) -> None:
+        """Compare values before and after. `low` and `high` are the least and the largest before."""
         import torch
 
-        if not before.numel():
-            return
-        wide = before.to(torch.float64 if before.dtype == torch.float64 else torch.float32)
-        off = after - wide if after.dtype == wide.dtype else after.to(wide.dtype).sub_(wide)
-        lost, largest = _largest(off), _largest(wide)
-        self.add({(tensor, f"{values.source_dtype} to {values.target_dtype}"): (lost, largest)})
+        if before.dtype == torch.float32:
+            off = spare("off", after).copy_(after).sub_(before)
+        else:
+            wide = torch.promote_types(before.dtype, torch.float32)
+            off = after.to(wide).sub_(before)
+        least, most = extremes(off)
+        self.add({(tensor, f"{values.source_dtype} to {values.target_dtype}"): (max(-least, most), max(-low, high))})
 
     def found(self) -> dict[tuple[str, str], tuple[float, float]]:
         """(tensor, step) -> the most that a value lost, and the largest value; for `add` in another process."""
@@ -72,9 +76,3 @@ class Watch:
             for (tensor, step), (off, largest) in self._found.items()
             if off
         }
-
-
-def _largest(values: torch.Tensor) -> float:
-    """The largest size of a value. Not through abs(), which would write them all once more."""
-    low, high = values.aminmax()
-    return max(-float(low), float(high))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from registry import catalog
-from registry.dtypes import torch_dtype
+from registry.dtypes import is_float, torch_dtype
 from registry.groups import Coding
 
 if TYPE_CHECKING:
@@ -22,15 +24,18 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 15
 
 
-#: Takes values before and after they were rounded.
-Note = Callable[["torch.Tensor", "torch.Tensor"], None]
+#: Takes values before and after they were rounded, and the least and the largest of those before.
+Note = Callable[["torch.Tensor", "torch.Tensor", float, float], None]
+
+_local = threading.local()
 
 
 def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note | None = None) -> None:
     """Fill `target` with the values of `source`. Both are arrays of raw elements (unsigned integers of their width).
 
     The stored value of a rule is `encode(logical * scale + offset)`. Affine rules are applied in float32, or in float64
-    where either side is; a cast alone rounds to nearest even, as torch does.
+    where either side is; a cast alone rounds to nearest even, as torch does, and every NaN becomes the same one: which
+    torch makes of it depends on where in a vector it stands.
     """
     if target.size > _BLOCK and target.ndim:
         axis = max(range(target.ndim), key=lambda d: target.shape[d] > 1 and target.strides[d])
@@ -39,8 +44,24 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note |
             at = (slice(None),) * axis + (slice(i, i + step),)
             convert(target[at], source[at], values, note)
         return
+    tensor = _coded(_tensor(source if source.flags.writeable else source.copy(), values.source_dtype), values)
+    found = _tensor(target, values.target_dtype)
+    if not (tensor.dtype.is_floating_point and is_float(values.target_dtype) and tensor.dtype != found.dtype):
+        found.copy_(tensor)
+        return
+    if tensor.itemsize == found.itemsize == 2:  # exact, and torch has fast code for both steps, but none for the one
+        tensor = spare("wide", tensor).copy_(tensor)
+    found.copy_(tensor)
+    low, high = extremes(tensor)
+    if math.isnan(low):
+        found.masked_fill_(tensor.isnan(), math.nan)
+    if note is not None:
+        note(tensor, found, low, high)
+
+
+def _coded(tensor: torch.Tensor, values: Values) -> torch.Tensor:
+    """Values of a source as a target's rules have them, but for the target's type."""
     a, b = values.source, values.target
-    tensor = _tensor(source if source.flags.writeable else source.copy(), values.source_dtype)
     if a.codec:
         tensor = catalog.codec(a.codec).decode(tensor)
     if b.via:
@@ -51,12 +72,27 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note |
         wide = "float64" in (values.source_dtype, values.target_dtype)
         tensor = tensor.to(_dtype("float64" if wide else "float32"))
         tensor = (tensor - a.offset) / a.scale * b.scale + b.offset
-    if b.codec:
-        tensor = catalog.codec(b.codec).encode(tensor)
-    found = _tensor(target, values.target_dtype)
-    found.copy_(tensor)
-    if note is not None:
-        note(tensor, found)
+    return catalog.codec(b.codec).encode(tensor) if b.codec else tensor
+
+
+def extremes(values: torch.Tensor) -> tuple[float, float]:
+    """The least and the largest value, both NaN where any is; zeros where there is none."""
+    if not values.numel():
+        return 0.0, 0.0
+    low, high = values.aminmax()
+    return float(low), float(high)
+
+
+def spare(name: str, like: torch.Tensor) -> torch.Tensor:
+    """This thread's own float32 buffer of that name, in the shape of a block: fresh memory costs more than a cast."""
+    import torch
+
+    have = getattr(_local, name, None)
+    if have is None or have.numel() < like.numel():
+        have = torch.empty(max(_BLOCK, like.numel()), dtype=torch.float32)
+        setattr(_local, name, have)
+    found: torch.Tensor = have[: like.numel()].view(like.shape)
+    return found
 
 
 def _tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:

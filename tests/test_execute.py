@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from registry import assemble, crc, execute
 from registry.errors import CheckpointError, MappingError, TargetError
 from registry.execute import array
 from registry.groups import Coding
+from registry.losses import Loss, Watch
 from registry.planning import Copies, Plan, Values, merge
 from registry.storage import FilePlan, Laid, Opened, Piece, Rank, Slot, slot_bytes
 
@@ -134,28 +136,52 @@ def test_a_large_slot_is_summed_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls[-1][0] == calls[-1][1] and [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+def cast(data: bytes, source: str, target: str) -> bytes:
+    """What torch makes of all values one by one, with one NaN for every NaN."""
+    torch = pytest.importorskip("torch")
+    values = torch.frombuffer(bytearray(data), dtype=getattr(torch, source))
+    found = torch.stack([value.to(getattr(torch, target)) for value in values])
+    found[values.isnan()] = torch.nan
+    return bytes(found.view(torch.uint8).numpy().tobytes())
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("tile", [48, 1 << 20])
-def test_casts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...], tile: int) -> None:
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(FLOATS, 2)))
+def test_casts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...], tile: int, source: str, target: str
+) -> None:
     monkeypatch.setattr(execute, "TILE", tile)
     monkeypatch.setattr(assemble, "DENSE", 0 if tile == 48 else 2)
-    case = Case(tmp_path, "float32", "float16")
+    case = Case(tmp_path, source, target)
     case.add((40, 30), order)
-    numbers = torch.frombuffer(bytearray(case.expected[0]), dtype=torch.float32)
-    expected = torch.nan_to_num(numbers.to(torch.float16))
-    (found,), _ = case.run()
-    assert torch.equal(torch.nan_to_num(torch.frombuffer(bytearray(found), dtype=torch.float16)), expected)
+    assert case.run()[0] == [cast(case.expected[0], source, target)]
 
 
-def test_large_casts_are_done_in_blocks(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    case = Case(tmp_path, "bfloat16", "float32")
+@pytest.mark.parametrize(("source", "target"), [("bfloat16", "float32"), ("bfloat16", "float16")])
+def test_large_casts_are_done_in_blocks(tmp_path: Path, source: str, target: str) -> None:
+    case = Case(tmp_path, source, target)
     case.add((300, 400), (1, 0))
-    expected = torch.frombuffer(bytearray(case.expected[0]), dtype=torch.bfloat16).to(torch.float32)
-    (found,), _ = case.run()
-    converted = torch.frombuffer(bytearray(found), dtype=torch.float32)
-    assert torch.equal(torch.nan_to_num(converted), torch.nan_to_num(expected))
+    assert case.run()[0] == [cast(case.expected[0], source, target)]
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(FLOATS, 2)))
+def test_what_a_cast_loses(tmp_path: Path, source: str, target: str) -> None:
+    torch = pytest.importorskip("torch")
+    case = Case(tmp_path, source, target)
+    case.add((300, 400), (1, 0))
+    numbers = torch.empty(300 * 400, dtype=getattr(torch, source)).normal_(generator=torch.Generator().manual_seed(1))
+    case.source = numbers.view(torch.uint8).numpy().tobytes()
+    watch = Watch()
+    case.run(watch=watch)
+    wide = torch.float64 if source == "float64" else torch.float32
+    off = (numbers.to(getattr(torch, target)).to(wide) - numbers.to(wide)).abs().max().item()
+    expected = {"t": Loss(f"{source} to {target}", off, off / numbers.abs().max().item())} if off else {}
+    assert watch.losses() == expected
+    assert bool(expected) == (FLOATS.index(source) >= FLOATS.index(target) or (source, target) == FLOATS[:2])
 
 
 def test_replicas_that_differ_are_refused(tmp_path: Path) -> None:

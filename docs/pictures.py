@@ -41,6 +41,7 @@ def _layouts() -> Iterator[tuple[str, str]]:
     yield "sum", _of("[x: a | y: b] c", ["x: a c", "y: b c"], abc)
     yield "sum-of-one", _of("[x: a | y:] c", ["x: a c", "y: c"], abc)
     yield "interleave", _of("(a [x: b | y:]) c", ["x: a b c", "y: a c"], abc, cut={"a": 1})
+    yield "apart", _of("t: (c/2 2) b", ["t: c b"], abc, cut={"c": 1})
     yield "nested", _of("[[x: a | y: b] | z: c]", ["x: a", "y: b", "z: c"], abc)
 
     heads = {"group": 2, "rep": 2, "head_dim": 2, "hidden": 4}
@@ -145,7 +146,6 @@ tensors:
 """
 REPEATED = """
 axes: {layer: "2", mtp: "1", hidden: "4"}
-config: {facts: {layers: num_layers}}
 facts: {layers: 2}
 tensors: {"layers.{layer}.norm": "norm: hidden"}
 repeats: [{of: "layers.{layer}.", to: "layers.{mtp+layers}.", prefix: "mtp."}]

@@ -202,6 +202,11 @@ class Assembler:
     watch: Watch | None = None
     _local: threading.local = field(factory=threading.local)
 
+    @property
+    def computes(self) -> bool:
+        """Does it do more than copy bytes? Then torch is at work."""
+        return bool(self.sources.computed) or not all(kind.plain for kind in self.table.kinds)
+
     def ops(self, slot: int) -> list[Op]:
         """The copies that write one slot."""
         t = self.table

@@ -17,9 +17,10 @@ from attrs import frozen
 
 from registry import catalog
 from registry.assemble import array, rows_of
+from registry.casts import rounded
 from registry.computed import Computed
 from registry.dtypes import ITEMSIZE, torch_dtype
-from registry.encoding import TENSOR, ConfigEdit, Decoder, Encoding, Ints, Part, Unfit, encoding_codec, rounded
+from registry.encoding import TENSOR, ConfigEdit, Decoder, Encoding, Ints, Part, Unfit, encoding_codec
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
 from registry.places import is_path

@@ -16,6 +16,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from registry.casts import from_float8, rounded
 from registry.dtypes import ITEMSIZE, torch_dtype
 from registry.errors import SpecError
 
@@ -194,7 +195,7 @@ class ScaledBlocks:
         self._grid = expected[-2:]
 
     def decode(self, read: Read, rows: Ints, begin: int, end: int) -> torch.Tensor:
-        """As in `Decoder`. First a table of what each byte stands for in each block, which has more bytes than that."""
+        """As in `Decoder`."""
         import torch
 
         tall, wide = self._block
@@ -203,8 +204,15 @@ class ScaledBlocks:
         first, last = begin // wide, (end - 1) // wide + 1
         scale = read("scale", self._grid[1], bands, first, last).to(torch.float32)
         stored, dtype = self._types
-        table = rounded(_byte_values(stored) * scale[:, :, None], dtype).view(torch.uint8).numpy()
         raw = read(TENSOR, self._columns, rows, begin, end).view(torch.uint8).numpy()
+        if (quick := from_float8(raw, stored)) and (by := scale * quick[1]).isfinite().all():
+            columns = np.repeat(by.numpy(), wide, axis=1)[:, begin - first * wide : end - first * wide]
+            starts = np.searchsorted(band, np.arange(len(bands) + 1))
+            for i in range(len(bands)):
+                quick[0][starts[i] : starts[i + 1]] *= columns[i]
+            return torch.from_numpy(quick[0])
+        # What each byte stands for in each block, in a table, which has more bytes than that.
+        table = rounded(_byte_values(stored) * scale[:, :, None], dtype).view(torch.uint8).numpy()
         index = raw + (np.arange(begin, end) // wide - first) * 256
         if len(bands) > 1:
             index += (band * (last - first) * 256)[:, None]
@@ -221,13 +229,18 @@ class ScaledRows:
         if scale not in ((), (1,), self.shape[:1], (self.shape[0], 1)):
             raise Unfit("scale", f"one scale, or {(self.shape[0], 1)}, one for each row", scale)
         self._each = scale not in ((), (1,))
+        self._stored = parts[TENSOR].dtype
 
     def decode(self, read: Read, rows: Ints, begin: int, end: int) -> torch.Tensor:
         """As in `Decoder`."""
         import torch
 
         scale = read("scale", 1, rows if self._each else np.zeros(1, dtype=np.int64), 0, 1).to(torch.float32)
-        return read(TENSOR, self.shape[1], rows, begin, end).to(torch.float32) * scale
+        values = read(TENSOR, self.shape[1], rows, begin, end)
+        quick = from_float8(values.view(torch.uint8).numpy(), self._stored)
+        if quick and (by := scale * quick[1]).isfinite().all():
+            return torch.from_numpy(np.multiply(quick[0], by.numpy(), out=quick[0]))
+        return values.to(torch.float32) * scale
 
 
 class Nvfp4:
@@ -248,12 +261,13 @@ class Nvfp4:
         import torch
 
         first, last = begin // 16, -(-end // 16)
-        packed = read(TENSOR, self.shape[1] // 2, rows, first * 8, last * 8).to(torch.int64)
+        packed = read(TENSOR, self.shape[1] // 2, rows, first * 8, last * 8).numpy()
         scale = read("scale", self.shape[1] // 16, rows, first, last).to(torch.float32)
         whole = read("global_scale", 1, np.zeros(1, dtype=np.int64), 0, 1).to(torch.float32)
-        positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-        values = torch.cat([positive, -positive])[torch.stack([packed & 15, packed >> 4], -1).flatten(1)]
-        return (values * (scale * whole).repeat_interleave(16, 1))[:, begin - first * 16 : end - first * 16]
+        pairs = _fp4_pairs("float32")[127 << 8 : 128 << 8]  # those of the scale 1
+        values = _looked_up(pairs, packed.reshape(len(rows), -1, 8), "float32")
+        values *= (scale * whole)[:, :, None]
+        return values.flatten(1)[:, begin - first * 16 : end - first * 16]
 
 
 class Mxfp4:
@@ -316,13 +330,6 @@ class _InBlocks:
         return values[:, begin - first * columns : end - first * columns]
 
 
-def rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The values in a type. Every NaN is the same: which one torch gives depends on where in a vector it stands."""
-    import torch
-
-    return values.to(torch_dtype(dtype)).masked_fill_(torch.isnan(values), torch.nan)
-
-
 def _looked_up(table: NDArray[Any], index: NDArray[np.intp], dtype: str) -> torch.Tensor:
     """The values at some entries of a table, which holds one or several in each. To compute them takes several times
     as long, and torch does it in threads of its own, beside those of the conversion."""
@@ -353,7 +360,7 @@ def _fp4_pairs(dtype: str) -> NDArray[Any]:
     values, byte = torch.cat([positive, -positive]), torch.arange(256)
     powers = torch.exp2(torch.arange(256, dtype=torch.float64) - 127)
     pairs = rounded(torch.stack([values[byte & 15], values[byte >> 4]], -1) * powers[:, None, None], dtype)
-    return pairs.view(torch.uint8).numpy().view(f"u{2 * ITEMSIZE[dtype]}").ravel()
+    return pairs.clone().view(torch.uint8).numpy().view(f"u{2 * ITEMSIZE[dtype]}").ravel()
 
 
 register_encoding_codec("fp8_block", ScaledBlocks)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from attrs import define, field
 
+from registry import casts
 from registry.assemble import Assembler, Op, array, assembler, box, copy_strided
 from registry.crc import combine, crc32
 from registry.dtypes import ITEMSIZE
@@ -157,6 +158,8 @@ class _Run:
 
     def work(self) -> None:
         """One worker: jobs until none is left."""
+        if self.filler.computes:
+            casts.alone()
         buffer = memoryview(bytearray(TILE))
         while not self.stop.is_set() and (job := self.queue.take()) is not None:
             self.job(job, buffer)

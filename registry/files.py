@@ -77,6 +77,11 @@ class SourceFiles:
         """Does any of them lie at a URL? Then threads are there to wait, not to work."""
         return bool(self._remote)
 
+    @property
+    def computed(self) -> bool:
+        """Is any of them on no disk?"""
+        return bool(self._virtual)
+
     def path(self, file: int) -> Path:
         """Where a file is, for messages."""
         return self._paths[file]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
 
+from registry.casts import extremes, spare
 from registry.dtypes import ITEMSIZE, is_float
-from registry.values import extremes, spare
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Watch:
         import torch
 
         if before.dtype == torch.float32:
-            off = spare("off", after).copy_(after).sub_(before)
+            off = spare("off", after.shape).copy_(after).sub_(before)
         else:
             wide = torch.promote_types(before.dtype, torch.float32)
             off = after.to(wide).sub_(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from registry import catalog
+from registry.casts import PIECE, cast
 from registry.dtypes import is_float, torch_dtype
 from registry.groups import Coding
 
@@ -20,14 +19,8 @@ if TYPE_CHECKING:
     from registry.planning import Values
 
 
-#: Elements at a time: torch takes no threads of its own for so few, and what lies between two steps stays in the cache.
-_BLOCK = 1 << 15
-
-
 #: Takes values before and after they were rounded, and the least and the largest of those before.
 Note = Callable[["torch.Tensor", "torch.Tensor", float, float], None]
-
-_local = threading.local()
 
 
 def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note | None = None) -> None:
@@ -37,9 +30,9 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note |
     where either side is; a cast alone rounds to nearest even, as torch does, and every NaN becomes the same one: which
     torch makes of it depends on where in a vector it stands.
     """
-    if target.size > _BLOCK and target.ndim:
+    if target.size > PIECE and target.ndim:
         axis = max(range(target.ndim), key=lambda d: target.shape[d] > 1 and target.strides[d])
-        step = max(1, target.shape[axis] * _BLOCK // target.size)
+        step = max(1, target.shape[axis] * PIECE // target.size)
         for i in range(0, target.shape[axis], step):
             at = (slice(None),) * axis + (slice(i, i + step),)
             convert(target[at], source[at], values, note)
@@ -49,12 +42,7 @@ def convert(target: np.ndarray, source: np.ndarray, values: Values, note: Note |
     if not (tensor.dtype.is_floating_point and is_float(values.target_dtype) and tensor.dtype != found.dtype):
         found.copy_(tensor)
         return
-    if tensor.itemsize == found.itemsize == 2:  # exact, and torch has fast code for both steps, but none for the one
-        tensor = spare("wide", tensor).copy_(tensor)
-    found.copy_(tensor)
-    low, high = extremes(tensor)
-    if math.isnan(low):
-        found.masked_fill_(tensor.isnan(), math.nan)
+    tensor, low, high = cast(tensor, found)
     if note is not None:
         note(tensor, found, low, high)
 
@@ -73,26 +61,6 @@ def _coded(tensor: torch.Tensor, values: Values) -> torch.Tensor:
         tensor = tensor.to(_dtype("float64" if wide else "float32"))
         tensor = (tensor - a.offset) / a.scale * b.scale + b.offset
     return catalog.codec(b.codec).encode(tensor) if b.codec else tensor
-
-
-def extremes(values: torch.Tensor) -> tuple[float, float]:
-    """The least and the largest value, both NaN where any is; zeros where there is none."""
-    if not values.numel():
-        return 0.0, 0.0
-    low, high = values.aminmax()
-    return float(low), float(high)
-
-
-def spare(name: str, like: torch.Tensor) -> torch.Tensor:
-    """This thread's own float32 buffer of that name, in the shape of a block: fresh memory costs more than a cast."""
-    import torch
-
-    have = getattr(_local, name, None)
-    if have is None or have.numel() < like.numel():
-        have = torch.empty(max(_BLOCK, like.numel()), dtype=torch.float32)
-        setattr(_local, name, have)
-    found: torch.Tensor = have[: like.numel()].view(like.shape)
-    return found
 
 
 def _tensor(raw: np.ndarray, dtype: str) -> torch.Tensor:

@@ -17,10 +17,10 @@ from attrs import field, frozen
 
 from registry import expressions
 from registry.assemble import array
+from registry.casts import rounded
 from registry.computed import Computed, Ints
 from registry.documents import read_json
 from registry.dtypes import ITEMSIZE, is_float, torch_dtype
-from registry.encoding import rounded
 from registry.errors import CheckpointError
 from registry.files import SourceFiles
 from registry.places import is_path

@@ -63,6 +63,8 @@ class Direction:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+#: Model -> what makes it, and which part of the size that was asked for it has.
+_MODELS = {"llama": (models.llama, 1), "gpt2": (models.gpt2, 2), "fp8": (models.fp8, 2)}
 _RANKS = {"tp": 2, "pp": 2}
 DIRECTIONS = [
     Direction("hf-megatron", "llama", "megatron", _RANKS),
@@ -72,10 +74,16 @@ DIRECTIONS = [
     Direction("hf-trtllm", "llama", "trtllm", {"tp": 2}),
     Direction("trtllm-hf", "hf-trtllm", "huggingface"),
     Direction("megatron-tp4", "hf-megatron", "megatron", {"tp": 4}),
+    Direction("megatron-legacy", "hf-megatron", "megatron-legacy", _RANKS),
+    Direction("legacy-megatron", "hf-legacy", "megatron", _RANKS),
     Direction("megatron-trtllm", "hf-megatron", "trtllm", {"tp": 2}),
-    Direction("gpt2-megatron", "gpt2", "megatron", _RANKS),
-    Direction("megatron-gpt2", "gpt2-megatron", "huggingface"),
+    Direction("legacy-trtllm", "hf-legacy", "trtllm", {"tp": 2}),
+    Direction("trtllm-megatron", "hf-trtllm", "megatron", _RANKS),
+    Direction("transpose-megatron", "gpt2", "megatron", _RANKS),
+    Direction("transpose-hf", "transpose-megatron", "huggingface"),
     Direction("cast-fp16-trtllm", "llama", "trtllm", {"tp": 2}, "float16"),
+    Direction("cast-transpose", "gpt2", "trtllm", {"tp": 2}, "float16"),
+    Direction("dequantise", "fp8", "huggingface"),
 ]
 
 
@@ -87,8 +95,9 @@ def arguments(direction: Direction, durable: bool) -> tuple[object, ...]:
 def build(name: str, directory: Path, size: int) -> Path:
     """The checkpoint that a direction reads: a model, or what another direction writes; kept from run to run."""
     path = directory / f"{name}-{size >> 20}"
-    if name in ("llama", "gpt2"):
-        return models.write(path, *(models.llama(size) if name == "llama" else models.gpt2(size // 4)))
+    if name in _MODELS:
+        make, part = _MODELS[name]
+        return models.write(path, *make(size // part))
     if not path.exists():
         direction = next(d for d in DIRECTIONS if d.name == name)
         measure.job("convert", build(direction.source, directory, size), path, *arguments(direction, durable=False))

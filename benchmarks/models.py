@@ -73,25 +73,48 @@ def gpt2(nbytes: int) -> tuple[dict[str, Any], Shapes]:
     return config, shapes
 
 
-def _shards(shapes: Shapes, limit: int) -> Iterator[Shapes]:
-    shard: Shapes = {}
+def fp8(nbytes: int) -> tuple[dict[str, Any], Shapes]:
+    """The same Llama of about `nbytes` with its linear weights in FP8, and a scale for every 128 x 128 of them."""
+    config, shapes = llama(2 * nbytes)
+    linear = {name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2}
+    scales = {f"{name}_scale_inv": (-(-rows // 128), -(-columns // 128)) for name, (rows, columns) in linear.items()}
+    quantized = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    return config | {"quantization_config": quantized}, shapes | scales
+
+
+def _dtype(name: str, shapes: Shapes) -> str:
+    if name.endswith("_scale_inv"):
+        return "F32"
+    return "F8_E4M3" if f"{name}_scale_inv" in shapes else "BF16"
+
+
+def _numbers(random: np.random.Generator, dtype: str, nbytes: int) -> bytes:
+    """Numbers of ordinary size (2**-7 to 2, of both signs; scales from 1 to 2), so that casts do ordinary work."""
+    kinds = {"BF16": (2, 0x83FF, 0x3C00), "F8_E4M3": (1, 0x87, 0x30), "F32": (4, 0x7FFFFF, 0x3F800000)}
+    width, keep, add = kinds[dtype]
+    kind = np.dtype(f"u{width}")
+    bits = random.integers(0, 1 << 8 * width, nbytes // width, dtype=kind)
+    return (bits & kind.type(keep) | kind.type(add)).tobytes()
+
+
+def _shards(shapes: Shapes, sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    shard: list[str] = []
     filled = 0
-    for name, shape in shapes.items():
-        size = 2 * prod(shape)
-        if shard and filled + size > limit:
+    for name in shapes:
+        if shard and filled + sizes[name] > limit:
             yield shard
-            shard, filled = {}, 0
-        shard[name] = shape
-        filled += size
+            shard, filled = [], 0
+        shard.append(name)
+        filled += sizes[name]
     yield shard
 
 
-def _header(shard: Shapes) -> tuple[bytes, int]:
+def _header(shard: list[str], shapes: Shapes, sizes: dict[str, int]) -> tuple[bytes, int]:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape in shard.items():
-        end = at + 2 * prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (at, end)}
+    for name in shard:
+        end = at + sizes[name]
+        entries[name] = {"dtype": _dtype(name, shapes), "shape": shapes[name], "data_offsets": (at, end)}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -103,20 +126,21 @@ def write(path: Path, config: dict[str, Any], shapes: Shapes, *, sparse: bool = 
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
-    total = 2 * sum(prod(shape) for shape in shapes.values())
-    shards = list(_shards(shapes, total // 4 if sparse else _SHARD))
+    widths = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
+    sizes = {name: widths[_dtype(name, shapes)] * prod(shape) for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    shards = list(_shards(shapes, sizes, total // 4 if sparse else _SHARD))
     where = {}
     random = np.random.default_rng(0)
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         where.update(dict.fromkeys(shard, name))
-        head, size = _header(shard)
+        head, size = _header(shard, shapes, sizes)
         with (path / name).open("wb") as file:
             file.write(head)
-            for at in range(0, 0 if sparse else size, 1 << 22):
-                # Numbers of ordinary size (2**-7 to 2, of both signs), so that casts do ordinary work.
-                bits = random.integers(0, 1 << 16, min(1 << 22, size - at) // 2, dtype=np.uint16)
-                file.write((bits & 0x83FF | 0x3C00).tobytes())
+            for tensor in () if sparse else shard:
+                for at in range(0, sizes[tensor], 1 << 22):
+                    file.write(_numbers(random, _dtype(tensor, shapes), min(1 << 22, sizes[tensor] - at)))
             file.truncate(len(head) + size)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 #: Elements of a piece.
-PIECE = 1 << 15
+PIECE = 1 << 17
 
 _local = threading.local()
 _dtype = cache(torch_dtype)

@@ -224,6 +224,8 @@ class ArchitectureSpec(Spec):
                 f"tied: {name!r} is no tensor of this spec" for name in (tie.tensor, tie.to) if name not in seen
             )
         known = {*self.facts, *self.config.facts}
+        both = sorted(self.facts.keys() & self.config.facts)
+        yield from (f"facts: {name!r} is said for every model; config.facts reads it too" for name in both)
         yield from (f"define: {name!r} is a fact of this spec" for name in self.define if name in known)
         yield from (f"define: {name!r} is an axis of this spec" for name in self.define if name in self.axes)
         yield from (

@@ -155,13 +155,24 @@ def qwen3_5_moe_package(tensors: Tensors, config: Config) -> tuple[Tensors, Conf
     tensors, package = qwen3_5_package(tensors, config)
     package |= {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
     for i in range(config["num_hidden_layers"]):
-        at = f"model.language_model.layers.{i}.mlp.experts."
-        parts = [
-            torch.stack([tensors.pop(f"{at}{e}.{part}_proj.weight") for e in range(config["num_experts"])])
-            for part in ("gate", "up", "down")
-        ]
-        tensors[f"{at}gate_up_proj"], tensors[f"{at}down_proj"] = torch.cat(parts[:2], dim=1), parts[2]
+        _pack(tensors, f"model.language_model.layers.{i}.mlp.experts.", config["num_experts"])
     return tensors, package
+
+
+def qwen3_5_moe_packed(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
+    """A release with all of them packed."""
+    tensors, package = qwen3_5_moe_package(tensors, config)
+    _pack(tensors, "mtp.layers.0.mlp.experts.", config["num_experts"])
+    return tensors, package
+
+
+def _pack(tensors: Tensors, at: str, experts: int) -> None:
+    """Experts that are stored one by one, in one tensor for what goes in and one for what comes out."""
+    parts = [
+        torch.stack([tensors.pop(f"{at}{e}.{part}_proj.weight") for e in range(experts)])
+        for part in ("gate", "up", "down")
+    ]
+    tensors[f"{at}gate_up_proj"], tensors[f"{at}down_proj"] = torch.cat(parts[:2], dim=1), parts[2]
 
 
 # Other spellings
@@ -187,7 +198,8 @@ def with_output_copy(embedding: str) -> Hub:
 
 
 def bert_gamma_beta(tensors: Tensors, config: Config) -> tuple[Tensors, Config]:
-    """The first BERT files: TensorFlow's names of a norm's parts, and the head that tells the next sentence."""
+    """The first BERT files: TensorFlow's names of a norm's parts, the embedding twice, and the head for pairs."""
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
     names = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
     for old, new in names.items():
         tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
@@ -241,6 +253,9 @@ def decilm_shapes(config: Config) -> dict[str, tuple[int, ...]]:
                 f"{at}mlp.up_proj.weight": (inner, hidden), f"{at}mlp.down_proj.weight": (hidden, inner),
             }  # fmt: skip
     assert hidden % heads == 0
+    for name in [name for name in shapes if name.endswith("_proj.weight")]:
+        if config["attention_bias" if "self_attn" in name else "mlp_bias"]:
+            shapes[name.replace(".weight", ".bias")] = shapes[name][:1]
     return shapes
 
 

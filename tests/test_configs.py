@@ -25,10 +25,10 @@ from transformers.configuration_utils import remap_legacy_layer_types
 import registry
 from registry import catalog, defaults
 from registry.config_rules import ConfigMap, FactMap
-from registry.model import loose_facts, read_facts
+from registry.model import loose_facts, read_facts, write_document
 from registry.specs import ArchitectureSpec
 from tests.conftest import HF_MODELS
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MEGATRON
 from tests.test_schema import architecture
 
 # A spec without a class of its own takes no defaults from transformers; its published files say everything.
@@ -157,24 +157,6 @@ def source_words(config: type) -> set[str]:
     return {word for file in files for word in re.findall(r"\w+", file.read_text(encoding="utf-8"))}
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_document_without_a_field_means_what_the_class_makes_of_it(name: str) -> None:
-    spec = catalog.architecture(name)
-    whole = of_class(name)
-    asked = 0
-    for path in leaves(whole):
-        if path[-1] == "original_max_position_embeddings":
-            continue  # part of a scaling; where it lacks it, that of the model, which is another fact
-        document = without(whole, path)
-        try:
-            meant = of_class(name, **document)
-        except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError):
-            continue  # a document that its own class refuses means nothing
-        assert facts(document, spec) == said(meant, spec), path
-        asked += 1
-    assert asked > len(whole) // 2
-
-
 def families() -> Iterator[Any]:
     for name, family in FAMILIES.items():
         known = family.architecture in KNOWN
@@ -182,13 +164,86 @@ def families() -> Iterator[Any]:
         yield pytest.param(family.architecture, family.config, id=name, marks=() if known else skip)
 
 
+def windowed() -> Iterator[Any]:
+    """A config with sliding windows, of each class that can have them."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    for name in (name for name in KNOWN if "use_sliding_window" in of_class(name)):
+        own = {field: value for field, value in windows.items() if field in of_class(name)}
+        yield pytest.param(name, {**FAMILIES[name].config, **own}, id=f"{name}-windows")
+
+
+def class_of(spec: ArchitectureSpec, config: Document) -> str:
+    """The model type of a config: that of the spec, or of the part of such a model."""
+    part: str = CONFIG_MAPPING[spec.name]().get_text_config().model_type
+    return spec.name if spec.config.within is None or spec.config.within in config else part
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [*(pytest.param(name, {}, id=f"{name}-nothing") for name in KNOWN), *families()]
+)
+def test_a_document_without_a_field_means_what_the_class_makes_of_it(name: str, config: Document) -> None:
+    spec = catalog.architecture(name)
+    of = class_of(spec, config) if config else name
+    whole = of_class(of, **config)
+    asked = 0
+    for path in leaves(whole):
+        if path[-1] == "original_max_position_embeddings":
+            continue  # part of a scaling; where it lacks it, that of the model, which is another fact
+        document = without(whole, path)
+        try:
+            meant = of_class(of, **document)
+        except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError):
+            continue  # a document that its own class refuses means nothing
+        assert facts(document, spec) == said(meant, spec), path
+        asked += 1
+    assert asked > len(whole) // 2
+
+
 @pytest.mark.parametrize(("name", "config"), list(families()))
 def test_a_document_that_says_only_what_is_special(name: str, config: Document) -> None:
     spec = catalog.architecture(name)
-    if spec.config.within not in config:  # of a model that this one is a part of
-        name = CONFIG_MAPPING[name]().get_text_config().model_type
-        config = {**config, "model_type": name}
-    assert facts(config, spec) == said(of_class(name, **config), spec)
+    of = class_of(spec, config)
+    config = {**config, "model_type": of}
+    assert facts(config, spec) == said(of_class(of, **config), spec)
+
+
+#: Spellings that are written as they were before transformers 5, which reads them too.
+EARLIER = {
+    "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "torch_dtype",
+    "num_experts", "rope_scaling",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config"), [*families(), *windowed()])
+def test_a_config_that_is_written_is_one_that_the_class_reads(name: str, config: Document) -> None:
+    """Of facts alone, as other formats have them: in the class's own names, and it makes the same facts of it."""
+    spec = catalog.architecture(name)
+    whole = of_class(class_of(spec, config), **config)
+    found = {**spec.facts, **read_facts(whole, spec.config), "dtype": "bfloat16"}
+    if found.get("full_attention_layers") is None:  # only there with a window
+        found.pop("full_attention_layers", None)
+    written = write_document(found, spec.config, found, {})
+    again = of_class(str(written["model_type"]), **{k: v for k, v in written.items() if k != "model_type"})
+    assert said(again, spec) == said(whole, spec)
+    assert {path.split(".")[0] for path in spec.config.write} <= whole.keys()
+    assert "bfloat16" in (again["dtype"], again.get(spec.config.within or "", {}).get("dtype"))
+    if any(f.architecture == name and MEGATRON in f.formats for f in FAMILIES.values()):
+        assert found["initializer_range"] == whole.get("initializer_range", whole.get("init_std")), "Megatron says it"
+    there = {".".join(map(str, path)).removeprefix(f"{spec.config.within}.") for path in leaves(whole)}
+    for fact, entry in spec.config.facts.items():
+        named = [path for path in entry.field if path in there]
+        assert not named or entry.field[0] in named or entry.field[0].split(".")[0] in EARLIER, fact
+
+
+#: What classes take under other names besides.
+OTHERWISE = {"nemotron_h": {"mamba_n_groups": 4, "mamba_d_conv": 3, "mamba_conv_bias": False}}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_other_names_mean_what_the_class_makes_of_them(name: str) -> None:
+    spec = catalog.architecture(name)
+    for field, value in OTHERWISE[name].items():
+        assert facts({field: value}, spec) == said(of_class(name, **{field: value}), spec) != facts({}, spec), field
 
 
 def test_a_document_that_says_nothing_is_the_class_default() -> None:
@@ -345,6 +400,7 @@ def test_both_spellings_of_rotary_embeddings_per_type_of_layer(name: str, kind: 
     before, after = both(name, old, {"rope_parameters": new})
     assert facts(before, spec) == facts(after, spec)
     assert facts(after, spec)["rope_theta"] == old["rope_theta"]
+    assert facts(after, spec).get("rope_scaling_in") == ("full_attention" if kind != "default" else None)
 
 
 # --- Documents that a class must not be trusted with ------------------------------------------------------------------

@@ -294,6 +294,18 @@ def test_state_by_number_is_left_behind_and_said(
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 
 
+def test_what_a_run_holds_besides_is_left_behind_and_said(tmp_path: Path) -> None:
+    """State of modules, as Transformer-Engine's have it, and an optimizer's."""
+    hf = build("llama", "float32", tmp_path / "hf")
+    weights = {**load_file(hf / "model.safetensors"), "model.layers.0.mlp._extra_state": torch.zeros(4)}
+    odd = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+    dcp.save({"model": weights, "optimizer": odd}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    report = registry.convert(tmp_path / "dcp", tmp_path / "back", to="huggingface", config=hf)
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    said = {name.rsplit(".", 1)[-1]: reason for name, reason in report.left_out.items()}
+    assert "optimizer state" in said["exp_avg"] and "per-module state" in said["_extra_state"]
+
+
 def test_nothing_in_it_is_executed(trained: tuple[Path, Any, torch.optim.AdamW], tmp_path: Path) -> None:
     class Touch:
         def __reduce__(self) -> Any:

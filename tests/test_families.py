@@ -10,7 +10,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,12 +18,14 @@ from attrs import evolve
 
 import registry
 from registry import Parallel, catalog
-from registry.model import config_map, read_facts
+from registry.model import config_map, loose_facts, read_facts
 from registry.prepare import merged_options
+from registry.source import Source, understood
 from registry.source import load as open_source
-from registry.source import understood
 from registry.testing import MappingTests, same_directory
 from tests.families import DCP, FAMILIES, HF, LEGACY, MEGATRON, TRTLLM, build, load
+from tests.goldens import TrtllmCase, golden
+from tests.test_golden_trtllm import TRT
 
 # A file of every rank is one more way to go wrong, so those formats get the layouts with more of them.
 LAYOUTS = {
@@ -85,18 +87,14 @@ def came_back(name: str, source: Path, there: registry.Report, back: Path, to: s
 
 #: Rules that no model here calls for.
 UNCALLED = {
-    "bert": {"cls.predictions.decoder.weight": "a copy of the embedding, which transformers 5 does not save"},
     "glm4_moe": {"model.layers.{mtp+layers}.mlp.*_proj.weight": "the further layer has experts in every release"},
     "glm4_moe_lite": {"model.layers.{mtp+layers}.mlp.*_proj.weight": "the further layer has experts in every release"},
     "gpt_oss": {"*_blocks": "MXFP4, which tests/test_encoding.py reads"},
-    "nemotron-nas": {
-        "*.bias": "no release has biases",
-        "*.linear_*.weight": "tests/test_megatron_loads.py gives models such parts",
-    },
+    "nemotron-nas": {"*.linear_*.weight": "tests/test_megatron_loads.py gives models such parts"},
     "opt": {"lm_head.weight": "every release ties it"},
     "qwen3_next": {
         "*.mlp.experts.*_proj": "how transformers 5 holds experts in memory; tests/test_dcp.py has them",
-        "*.mlp.*_proj.weight": "every layer has experts in every release",
+        "mtp.layers.{mtp}.mlp.*_proj.weight": "the further layer has experts in every release",
     },
 }
 
@@ -217,7 +215,12 @@ WORDS = {
     r"\bA_log$": r"\.a_log$",
     r"\bdt_bias$": r"\.dt_bias$",
     r"\bD$": r"\.d$",
+    r"\b(enorm|pre_fc_norm_embedding)\.": r"mtp\.embedding_norm\.",
+    r"\b(hnorm|pre_fc_norm_hidden)\.": r"mtp\.hidden_norm\.",
+    r"(\bmtp|shared_head)\.norm\.": r"mtp\.final_norm\.",
 }
+#: Further layers have the layouts of the decoder's, under other names.
+ALIKE = {"mtp.layers.{mtp}.": "model.layers.{layer}."}
 
 
 def keeps_words(architecture: str) -> None:
@@ -234,8 +237,27 @@ def keeps_words(architecture: str) -> None:
         for other in spec.tensors.get(f"{pattern.removesuffix('.bias')}.weight", ()) if last == "bias" else ():
             matrix = [tensor.replace(".weight", ".bias") for tensor in other.parsed.tensors]
             assert len(spec.tensors[pattern]) > 1 or list(rule.parsed.tensors) == matrix, pattern
+        for further, decoder in ALIKE.items():
+            if pattern.startswith(further):
+                alike = [str(other.parsed) for other in spec.tensors[pattern.replace(further, decoder)]]
+                assert str(rule.parsed).replace("mtp.", "") in alike, pattern
         if architecture == "t5" and pattern.startswith(("encoder", "decoder")) and "embed" not in pattern:
             assert {tensor.split(".")[0] for tensor in rule.parsed.tensors} == {pattern.split(".")[0]}, pattern
+
+
+def says_what_it_uses(architecture: str) -> None:
+    """Every axis of a spec is that of some tensor, and a size is a fact only where a tensor has it."""
+    spec = catalog.architecture(architecture)
+    used = {axis for axes in spec.logical().values() for axis in axes}
+    within = {name for text in spec.axes.values() for name in re.findall(r"\w+", text)}
+    assert not [axis for axis in spec.axes if axis not in used | within]
+    for fact, axis in {"ffn_size": "ffn", "moe_ffn_size": "moe_ffn", "experts": "expert", "mtp_layers": "mtp"}.items():
+        assert (fact in spec.config.facts) == (axis in used), fact
+
+
+@pytest.mark.parametrize("architecture", registry.architectures())
+def test_axes_and_sizes_are_those_of_tensors(architecture: str) -> None:
+    says_what_it_uses(architecture)
 
 
 @pytest.mark.parametrize("architecture", registry.architectures())
@@ -248,19 +270,26 @@ SHOWN = {
     "gated": r"mlp\.(experts\.|shared\.)?gate\.weight$",
     "qk_norm": r"(attention\.q_(full_|head_)?norm|mla\.kv_norm)\.weight$",
     "qkv_bias": r"attention\.q\.bias$", "attention_output_bias": r"attention\.output\.bias$",
-    "mlp_bias": r"mlp\.(experts\.|shared\.)?down\.bias$",
+    "mlp_bias": r"mlp\.(experts\.|shared\.)?down\.bias$", "router_bias": r"mlp\.router\.bias$",
+    "shared_expert_gate": r"mlp\.shared_gate\.weight$", "attention_sinks": r"attention\.sinks$",
+    "attention_gate": r"attention\.gate\.weight$",
 }  # fmt: skip
 
 
 def says_what_is_there(name: str, folder: Path) -> None:
     """The facts of a model say what its tensors show."""
-    model = open_source(folder).model
+    source = open_source(folder)
+    model = source.model
     for fact, pattern in SHOWN.items():
         if fact in model.facts:
             shown = any(re.search(pattern, tensor) for tensor in model.tensors)
             assert bool(model.facts[fact]) == shown, fact
-    if model.facts.get("position") is not None:
-        assert (model.facts["position"] == "learned") == ("position_embedding.weight" in model.tensors)
+    assert (model.facts["position"] == "learned") == ("position_embedding.weight" in model.tensors)
+    # A norm of queries that is not of each head with the same weights is of all heads at once, or has weights for each.
+    rows = {len(piece.shape) for piece in source.opened.pieces if piece.name.endswith("q_norm.weight")}
+    over = "projection" if rows == {1} else "each head"
+    shown = any(re.fullmatch(r"attention\.q_(full|head)_norm\.weight", tensor) for tensor in model.tensors)
+    assert model.facts.get("qk_norm_over") == (over if shown else None)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -270,23 +299,87 @@ def test_facts_say_what_is_there(name: str, family_model: Callable[..., Path]) -
 
 #: Facts that a format's own config cannot say of every model, or says in another way.
 UNSAID = {
-    MEGATRON: {"activation", "ffn_size", "rope_scaling", "rope_interleaved", "sub_norm_epsilon", "expert_groups",
-               "groups_per_token", "layer_types", "moe_ffn_size"},
-    TRTLLM: {"rope_interleaved", "time_step_rank"},
+    MEGATRON: {"activation", "ffn_size", "rope_scaling", "sub_norm_epsilon", "expert_groups", "groups_per_token",
+               "layer_types", "moe_ffn_size"},
+    TRTLLM: {"rope_scaling", "sub_norm_epsilon", "sliding_window", "layer_types", "time_step_rank"},
 }  # fmt: skip
 #: Models of which the format says these too.
-SAID = {"activation": ["llama", "gpt2", "nemotron"], "ffn_size": ["llama"], "moe_ffn_size": ["mixtral", "nemotron_h"]}
+SAID = {
+    "activation": ["llama", "gpt2", "nemotron"], "ffn_size": ["llama"], "moe_ffn_size": ["mixtral", "nemotron_h"],
+    "rope_scaling": ["llama", "deepseek_v2"], "layer_types": ["qwen3_next"],
+    "time_step_rank": ["mamba_bias"],
+}  # fmt: skip
+#: Facts that it has no place for.
+NO_PLACE = {
+    MEGATRON: {
+        "embedding_multiplier", "query_scale_dim", "attention_softcap", "logit_softcap", "local_rope_theta",
+        "parallel_residual", "alibi", "alibi_bias_max", "post_norm", "qk_norm_over", "attention_multiplier",
+        "residual_multiplier", "logits_scaling", "logit_scale", "no_rope_in", "l2_norm_qk", "attention_chunk",
+        "attention_temperature", "attention_temperature_floor", "attention_temperature_scale", "conv_bias",
+        "mamba_activation", "mamba_inner_size", "mamba_norm", "mamba_norm_before_gate", "logits_multiplier",
+        "key_multiplier", "attention_in_multiplier", "attention_out_multiplier", "ssm_in_multiplier",
+        "ssm_out_multiplier", "ssm_multipliers", "mlp_multipliers", "group_score", "parallel_norms",
+    },
+    TRTLLM: set[str](),
+}  # fmt: skip
+
+
+def same_facts(name: str, facts: dict[str, Any], again: dict[str, Any], found: Source) -> None:
+    """What a format's document says is what HuggingFace's says, but for what it has no place for."""
+    to = found.spec.name
+    loose = loose_facts(config_map(found.spec, found.architecture)) | loose_facts(found.architecture.config)
+    unsaid = {fact for fact in UNSAID[to] if name not in SAID.get(fact, ())}
+    for fact, value in facts.items():
+        if fact in found.architecture.facts:
+            assert again.get(fact) in (None, value), fact
+        elif fact not in (loose - {"parallel_norms"}) | NO_PLACE[to] | unsaid:
+            assert again.get(fact) == value or not (value or again.get(fact)), fact
+
+
+#: What its converter does not say, or not as it is (ADDED and WRONG in tests/test_golden_trtllm.py).
+UNTOLD = {"mpt": "max_positions", "qwen3_moe": "router_normalized"}
+
+
+def golden_facts(case: TrtllmCase) -> None:
+    """The config that TensorRT-LLM's converter wrote says what the model's own says."""
+    found = open_source(case.path)
+    again = read_facts(found.opened.document, config_map(found.spec, found.architecture))
+    facts = open_source(golden(case.input)).model.facts
+    same_facts(case.id, {fact: facts[fact] for fact in facts.keys() - {UNTOLD.get(case.family)}}, again, found)
+
+
+@pytest.mark.parametrize("case", TRT, ids=str)
+def test_the_config_of_a_golden_says_what_the_models_own_says(case: TrtllmCase) -> None:
+    golden_facts(case)
+
+
+#: The activations that TensorRT-LLM 0.17 knows by name (tensorrt_llm/functional.py, ACT2FN; those that are used here).
+TRTLLM_ACTIVATIONS = {
+    "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "squared-relu", "swiglu", "geglu",
+}  # fmt: skip
 
 
 def facts_come_back(name: str, to: str, folder: Path, there: Path) -> None:
     """A format's own config says what HuggingFace's does, without a copy of it."""
     facts, found = open_source(folder).model.facts, open_source(there)
-    said = config_map(found.spec, found.architecture)
-    again = read_facts(found.opened.document, said)
-    for fact, entry in said.facts.items():
-        unsaid = fact in UNSAID[to] and name not in SAID.get(fact, ())
-        if not entry.loose and fact in facts and not unsaid:
-            assert again.get(fact) == facts[fact], fact
+    again = read_facts(found.opened.document, config_map(found.spec, found.architecture))
+    same_facts(name, facts, again, found)
+    if to == TRTLLM:
+        document, (_, config) = found.opened.document, load(folder)
+        for field, value in config.items():  # a number has the name that it has in HuggingFace's config, or a prefix
+            alike = field if field in document else f"moe_{field}"
+            assert not isinstance(value, int | float) or document.get(alike, value) == value, field
+        assert document["hidden_act"] in TRTLLM_ACTIVATIONS
+        rope = config.get("rope_parameters") or {}
+        for side in ("short", "long") if rope.get("rope_type") == "longrope" else ():
+            assert document["position_embedding_type"] == "long_rope"
+            assert document[f"longrope_scaling_{side}_factors"] == rope[f"{side}_factor"]
+            assert again["rope_scaling"][f"{side}_factor"] == rope[f"{side}_factor"]
+        opened = evolve(found.opened, hub_config=None, architecture=None)
+        for field in {"architecture", "is_roberta", "mamba_version"} & opened.document.keys():
+            other = {**opened.document, field: "another" if field != "is_roberta" else True}
+            with pytest.raises(registry.RegistryError):  # that of another class is not taken for this one
+                understood(evolve(opened, document=other), found.spec, config=None, architecture=None, states=False)
 
 
 @pytest.mark.parametrize(
@@ -306,10 +399,21 @@ ENGINE = {
 }  # fmt: skip
 
 
+#: Families whose layers differ, which Megatron then stores one by one.
+MIXED = {"falcon_h1", "mamba2", "nemotron_h"}
+#: TensorRT-LLM's classes that hold every layer, or all of it, on every rank (models/mamba and models/bert, model.py).
+LIMITS = {"mamba": {"tp": 1, "pp": 1}, "bert": {"pp": 1}}
+
+
 def default_engine(architecture: str) -> None:
-    """Which layers a Megatron checkpoint is for, unless it is said."""
+    """Which layers a Megatron checkpoint is for, unless it is said; and what TensorRT-LLM's quantisation leaves."""
     options = merged_options(catalog.format_spec(MEGATRON), catalog.architecture(architecture), None)
     assert (options["transformer_impl"] == "transformer_engine") == (architecture in ENGINE)
+    assert (options["layers"] == "per_layer") == (architecture in MIXED)
+    options = merged_options(catalog.format_spec(TRTLLM), catalog.architecture(architecture), None)
+    added = catalog.architecture(architecture).formats.get(TRTLLM)
+    assert (added.limits if added else {}) == LIMITS.get(architecture, {})
+    assert options["smooth_rows"] == (architecture not in ("gpt2", "gpt_bigcode", "gptj"))
 
 
 @pytest.mark.parametrize("architecture", registry.architectures())
@@ -340,6 +444,30 @@ def may_lack(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", FURTHER)
 def test_further_layers_may_be_absent(name: str, family_model: Callable[..., Path]) -> None:
     may_lack(name, family_model(name))
+
+
+#: Other names that a tensor has in transformers' memory, or in the first files.
+ALSO = {
+    "gpt_neox": ("embed_out.weight", "lm_head.weight"),
+    "mamba": ("backbone.embeddings.weight", "backbone.embedding.weight"),
+    "mamba2": ("backbone.embeddings.weight", "backbone.embedding.weight"),
+}
+
+
+def reads_also(name: str, folder: Path) -> None:
+    """A tensor is found under its other name."""
+    source = open_source(folder)
+    name, other = ALSO[name]
+    pieces = [piece._replace(name=other) if piece.name == name else piece for piece in source.opened.pieces]
+    assert other in {piece.name for piece in pieces}
+    opened = evolve(source.opened, pieces=pieces)
+    again = understood(opened, source.spec, config=None, architecture=None, states=False)
+    assert not again.bound.missing and not again.bound.left_out
+
+
+@pytest.mark.parametrize("name", ALSO)
+def test_other_names_are_read(name: str, family_model: Callable[..., Path]) -> None:
+    reads_also(name, family_model(name))
 
 
 _INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import registry
-from tests.goldens import BridgeCase, bridge_cases
-from tests.test_golden_megatron import equal, global_tensors
+from tests.goldens import BridgeCase, bridge_cases, golden
+from tests.test_golden_megatron import equal, global_tensors, parts
 
 CASES = bridge_cases()
 #: (case, "tp2_pp1_ep1") of every set of rank files; the state dict of one rank lies beside them.
@@ -82,6 +82,7 @@ def test_bridge_rank_states_become_their_huggingface_model(case: BridgeCase, lay
 def test_we_write_the_bridge_torch_dist(case: BridgeCase, tmp_path: Path) -> None:
     registry.convert(known(case).path / "hf", tmp_path / "out", to="megatron", options=options(case))
     equal(global_tensors(tmp_path / "out/release"), global_tensors(case.path / "torch_dist"))
+    assert parts(tmp_path / "out/release") == parts(case.path / "torch_dist")
 
 
 @pytest.mark.parametrize(("case", "layout"), RANKED, ids=lambda value: str(value))
@@ -100,3 +101,21 @@ def test_we_write_the_bridge_rank_states(case: BridgeCase, layout: str, tmp_path
             if not name.endswith("_extra_state")
         }
         equal(ours, spelled_by_core(load_file(file)))
+
+
+def test_norms_over_all_heads_are_cut_among_the_ranks(tmp_path: Path) -> None:
+    """FullDimQNorm and FullDimKNorm of Megatron-Bridge's MiniMax M2 shard their weight over tp."""
+    folder = golden("bridge/MiniMaxM2ForCausalLM__te")
+    whole = {n: t for n, t in load_file(folder / "megatron.safetensors").items() if re.search(r"\.[qk]_layernorm\.", n)}
+    assert len(whole) == 2 * 3
+    for to in ("megatron", "megatron-legacy"):
+        registry.convert(folder / "hf", tmp_path / to, to=to, parallel=registry.Parallel(tp=2), options=UNPADDED)
+    for rank in range(2):
+        file = tmp_path / f"megatron-legacy/release/mp_rank_{rank:02d}/model_optim_rng.pt"
+        state = torch.load(file, weights_only=False)
+        assert all(torch.equal(state["model"][name], tensor.chunk(2)[rank]) for name, tensor in whole.items())
+    stored = parts(tmp_path / "megatron/release")
+    for name in ("q_layernorm", "k_layernorm"):
+        size = len(whole[f"decoder.layers.0.self_attention.{name}.weight"]) // 2
+        expected = [((layer, first), (1, size)) for layer in range(3) for first in (0, size)]
+        assert stored[f"decoder.layers.self_attention.{name}.weight"] == expected

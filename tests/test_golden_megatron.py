@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 import registry
+from registry.source import load as open_source
 from tests.goldens import MegatronCase, golden, megatron_cases
+from tests.test_golden_trtllm import IMPLIED, said
 
 CASES = megatron_cases()
+#: Where a part of a tensor begins in each dimension, and its sizes.
+Part = tuple[tuple[int, ...], tuple[int, ...]]
+#: Fields of HuggingFace's configs that Megatron's arguments lack; DeepSeek's further layers are not in the goldens.
+UNRECORDED = {
+    "gpt2": {"attn_pdrop", "embd_pdrop", "resid_pdrop"},
+    "deepseek_v3": {"moe_layer_freq", "num_nextn_predict_layers"},
+}
 FORMATS = {"torch_dist": "megatron", "torch": "megatron-legacy"}
 
 
@@ -41,6 +51,9 @@ def test_golden_becomes_its_huggingface_model(case: MegatronCase, how: str, tmp_
     found = load_file(tmp_path / "out/model.safetensors")
     if how == "architecture":  # Megatron records only the padded vocabulary; the rest is padding
         found = {n: t[: case.true_vocab] if re.search("embed_tokens|lm_head|wte", n) else t for n, t in found.items()}
+        ours, theirs = said(tmp_path / "out"), said(hf)
+        differ = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+        assert differ <= IMPLIED | {"vocab_size"} | UNRECORDED.get(case.family, set())
     if case.trained and case.hf_expected is None:
         weights = {name: t.dtype for name, t in load_file(hf / "model.safetensors").items()}
         assert found.keys() == weights.keys()
@@ -63,6 +76,31 @@ def global_tensors(directory: Path) -> dict[str, torch.Tensor]:
     }
     load(wanted, storage_reader=reader, no_dist=True)
     return wanted
+
+
+def parts(directory: Path) -> dict[str, list[Part]]:
+    """The parts that every tensor of a torch_dist directory is stored in.
+
+    One part of several experts counts as one part an expert: Megatron stores them so, and reads either.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        name: sorted(p for c in entry.chunks for p in by_expert(name, tuple(c.offsets), tuple(c.sizes)))
+        for name, entry in tensors.items()
+    }
+
+
+def by_expert(name: str, first: tuple[int, ...], sizes: tuple[int, ...]) -> list[Part]:
+    """A part of a tensor of experts as one for each of them; any other as it is."""
+    if ".experts.experts.linear_" not in name:
+        return [(first, sizes)]
+    axis = len(sizes) - (3 if name.endswith(".weight") else 2)
+    one = (*sizes[:axis], 1, *sizes[axis + 1 :])
+    return [((*first[:axis], first[axis] + i, *first[axis + 1 :]), one) for i in range(sizes[axis])]
 
 
 def without_padding(tensors: dict[str, torch.Tensor], vocab: int) -> dict[str, torch.Tensor]:
@@ -92,7 +130,89 @@ def test_we_write_the_torch_dist_golden(case: MegatronCase, tmp_path: Path) -> N
     )  # fmt: skip
     ours, theirs = global_tensors(tmp_path / "out/release"), global_tensors(golden(case.iter_dir))
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+    assert parts(tmp_path / "out/release") == parts(golden(case.iter_dir))
     equal(without_padding(ours, case.true_vocab), without_padding(theirs, case.true_vocab))
+    same_arguments(tmp_path / "out", case)
+
+
+#: Arguments that the goldens' harness gave for itself, or that say nothing there (groups of as many as heads).
+OF_THE_HARNESS = {
+    "add_position_embedding", "moe_grouped_gemm", "num_query_groups", "seq_length", "use_rotary_position_embeddings",
+    "vocab_size", "world_size",
+}  # fmt: skip
+#: Arguments of Megatron's that make its model and its layout, which are said of every model: those that it takes over
+#: from a checkpoint (shared reference megatron.md, A3), and those that its config has.
+TAKEN_OVER = {
+    "add_bias_linear", "add_position_embedding", "add_qkv_bias", "apply_layernorm_1p", "attention_output_gate",
+    "bf16", "context_parallel_size", "experimental_attention_variant", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "ffn_hidden_size", "fp16", "group_query_attention", "hidden_size",
+    "is_hybrid_model", "layernorm_zero_centered_gamma", "linear_attention_freq", "make_vocab_size_divisible_by",
+    "max_position_embeddings", "moe_ffn_hidden_size", "moe_grouped_gemm", "moe_layer_freq",
+    "moe_router_enable_expert_bias", "moe_router_group_topk", "moe_router_num_groups", "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor", "moe_shared_expert_gate", "moe_shared_expert_intermediate_size", "mscale",
+    "mscale_all_dim", "mtp_num_layers", "multi_latent_attention", "no_rope_freq", "normalization",
+    "num_attention_heads", "num_layers", "num_query_groups", "padded_vocab_size", "params_dtype",
+    "pipeline_model_parallel_size", "position_embedding_type", "quick_geglu", "rope_scaling_factor", "rope_type",
+    "rotary_interleaved", "rotary_percent", "rotary_scaling_factor", "seq_length", "softmax_type", "squared_relu",
+    "swiglu", "tensor_model_parallel_size", "transformer_impl", "untie_embeddings_and_output_weights",
+    "use_rope_scaling", "use_rotary_position_embeddings", "virtual_pipeline_model_parallel_size", "vocab_size",
+    "window_attn_skip_freq", "window_size", "world_size",
+}  # fmt: skip
+
+
+def same_arguments(there: Path, case: MegatronCase) -> None:
+    """The arguments beside the weights are those of the golden, of which ours are the ones that make the model."""
+    ours = open_source(there).opened.document
+    theirs = open_source(golden(case.dir), config=golden(case.hf)).opened.document
+    assert ours.keys() >= TAKEN_OVER and ours.keys() - theirs.keys() == {"apply_layernorm_1p"}
+    assert {name for name in ours if name in theirs and ours[name] != theirs[name]} <= OF_THE_HARNESS
+    assert ours["apply_layernorm_1p"] == theirs["layernorm_zero_centered_gamma"]
+
+
+#: Norms that Megatron's other layers have in the projection that they feed.
+OF_THEIR_OWN = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2/tp1pp1", "llama/tp1pp1", "mixtral/tp1pp1"])
+def test_norms_may_have_names_of_their_own(name: str, tmp_path: Path) -> None:
+    """As layers for ModelOpt have them, unless they are told otherwise (remap_te_layernorm of
+    megatron/core/post_training/modelopt/gpt/model_specs.py)."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    golden(f"megatron/{name}")
+    (case,) = (case for case in CASES if case.id == name)
+    state = global_tensors(golden(case.iter_dir))
+    for fused, own in OF_THEIR_OWN.items():
+        state = {key.replace(fused, own): tensor for key, tensor in state.items()}
+    save(state, storage_writer=FileSystemWriter(tmp_path / "in"), no_dist=True)
+    shutil.copy(golden(case.iter_dir) / "metadata.json", tmp_path / "in")
+    registry.convert(tmp_path / "in", tmp_path / "out", to="huggingface", config=golden(case.hf))
+    equal(load_file(tmp_path / "out/model.safetensors"), load_file(golden(case.hf) / "model.safetensors"))
+
+
+#: Entries of a training run -> a word of the reason why they are left out (shared reference megatron.md, B4 and B5).
+OF_A_RUN = {
+    "rng_state/shard_0.0_1.1": "random", "rerun_state_machine_state/shard_0_1": "run",
+    "optimizer.state.step": "optimizer", "chained_1.optimizer.state.step": "optimizer",
+    "decoder.layers.mlp.linear_fc1._extra_state/shard_0_2": "FP8",
+}  # fmt: skip
+
+
+def test_what_a_run_holds_besides_is_left_out_and_said(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    theirs = golden("megatron/llama/tp1pp1/iter_0000010")
+    state = {**global_tensors(theirs), **dict.fromkeys(OF_A_RUN, "of a run")}
+    save(state, storage_writer=FileSystemWriter(tmp_path / "in"), no_dist=True)
+    shutil.copy(theirs / "metadata.json", tmp_path / "in")
+    hf = golden("megatron/llama/hf")
+    later = registry.inspect(golden("megatron/llama/tp1pp1_mcore020"), config=hf).left_out
+    assert "run's own state" in later["common_state/shard_0_1"]
+    found = registry.inspect(tmp_path / "in", config=hf).left_out
+    assert {name for name, word in OF_A_RUN.items() if word in found[name]} == OF_A_RUN.keys() == found.keys()
 
 
 @pytest.mark.parametrize("case", [c for c in WRITTEN if c.format == "torch"], ids=str)

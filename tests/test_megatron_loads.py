@@ -145,13 +145,16 @@ MORE = [
     Case("glm4_moe_hub", MEGATRON, {"tp": 2, "pp": 2}, mtp=1),
     Case("gpt_oss", MEGATRON, {"tp": 2, "ep": 2, "etp": 1}),
     Case("gpt_oss", LEGACY, {"tp": 2, "ep": 2, "etp": 1}),
+    Case("gpt_oss", LEGACY, {"ep": 2}, ENGINE),
+    Case("gpt_oss", LEGACY, {"ep": 2}, {**ENGINE, "expert_modules": "sequential"}),
     # latent attention, which core 0.16.1 computes with Transformer-Engine's layers only
     Case("deepseek_v2", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, SMALL_EPSILON),
+    Case("deepseek_v2_lite", MEGATRON, {"tp": 2}, ENGINE, SMALL_EPSILON),
     Case("deepseek_v2_lite", LEGACY, {"tp": 2}, ENGINE, SMALL_EPSILON),
     Case("deepseek_v3", MEGATRON, {"tp": 2, "pp": 2}, ENGINE, SMALL_EPSILON),
     Case("deepseek_v3", LEGACY, {"tp": 2, "ep": 2}, ENGINE, SMALL_EPSILON),
     Case("deepseek_v3_hub", MEGATRON, {"tp": 2}, ENGINE, SMALL_EPSILON, mtp=1),
-    Case("deepseek_v3_hub", LEGACY, {"pp": 2}, ENGINE, SMALL_EPSILON, mtp=1),
+    Case("deepseek_v3_hub", LEGACY, {"pp": 4}, ENGINE, SMALL_EPSILON, mtp=1),
     Case("kimi_k2", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, SMALL_EPSILON),
     Case("kimi_k2", LEGACY, {"tp": 2, "pp": 2}, ENGINE, SMALL_EPSILON),
     Case("glm4_moe_lite", MEGATRON, {"tp": 2, "ep": 2}, ENGINE, {**SMALL_EPSILON, **DENSE_THIRD}),
@@ -207,6 +210,7 @@ def job(case: Case, folder: Path, hf: Path) -> Job:
         format="torch_dist" if case.format == MEGATRON else "torch",
         engine=te,
         grouped=te and case.options.get("expert_modules") != "sequential",
+        parts=True,
         mtp=case.mtp,
     )
 

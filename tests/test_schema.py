@@ -59,6 +59,7 @@ def test_the_small_specs_are_right() -> None:
 # Each kind of mistake: (change, where it is, what is wrong)
 
 ARCHITECTURE_MISTAKES = {
+    "fact said twice": ({"facts": {"size": 8}}, "facts", "'size' is said for every model; config.facts reads it too"),
     "layout syntax": ({"tensors": {"w": "w: (hidden"}}, "tensors.w.0", "expected ')', found 'end of layout'"),
     "no tensor named": ({"tensors": {"w": "hidden"}}, "tensors.w.0", "no tensor is named"),
     "undeclared axis": ({"tensors": {"w": "w: hiden"}, "tied": []}, "w", "axis 'hiden' of w is not declared"),

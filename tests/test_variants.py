@@ -24,6 +24,7 @@ SWITCHES = {
     "llama": _BIASES, "qwen3": _BIAS, "gemma": _BIAS, "gemma2": _BIAS, "gemma3_text": _BIAS, "starcoder2": ["use_bias"],
     "nemotron": _BIASES, "falcon_7b": ["new_decoder_architecture", "multi_query", "parallel_attn", "bias"],
     "opt": ["do_layer_norm_before", "_remove_final_layer_norm", "enable_bias", "layer_norm_elementwise_affine"],
+    "opt_350m": ["do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine"],
     "gpt_neox": _BIAS,
     "olmo2": _BIAS, "olmo3": _BIAS, "granite": _BIASES, "cohere": [*_BIAS, "use_qk_norm"], "cohere2": _BIAS,
     "stablelm": ["use_qkv_bias", "qk_layernorm", "use_parallel_residual"], "glm": _BIAS, "glm4": _BIAS,
@@ -34,9 +35,9 @@ SWITCHES = {
     "nemotron_h": ["use_conv_bias"], "falcon_h1": [*_BIAS, "mamba_conv_bias", "mamba_rms_norm"],
     "gpt_bigcode": ["multi_query"], "ernie4_5_moe": ["use_bias"],
 }  # fmt: skip
-#: These tie their output matrix to the embedding, and need not.
-for _name in ("gpt2", "bloom", "mpt", "opt", "mamba", "gpt_bigcode"):
-    SWITCHES.setdefault(_name, []).append("tie_word_embeddings")
+#: These tie their output matrix to the embedding, and need not, or the other way round.
+for _name in ("gpt2", "bloom", "mpt", "opt", "mamba", "gpt_bigcode", "opt_350m", "gpt_neox"):
+    SWITCHES[_name] = [*SWITCHES.get(_name, []), "tie_word_embeddings"]
 #: Those that no spec has a place for.
 REFUSED = {
     "gpt2": ["add_cross_attention"], "gpt_bigcode_mha": ["add_cross_attention"], "glm4_moe_lite": _BIAS,

@@ -43,6 +43,7 @@ class Job:
     mtp: int = 0  # layers of multi-token prediction, which a config may announce and a checkpoint lack
     strict: str = "raise_all"  # for torch_dist, a value of Megatron's StrictHandling
     lenient: bool = False  # do without the extra state that the checkpoint lacks; for goldens of another Megatron only
+    parts: bool = False  # torch_dist tensors are stored in the very parts that the ranks hold, as Megatron writes them
     ignore: Sequence[str] = ()  # prefixes of keys that a torch_dist checkpoint may hold beside the model ("rng_state")
     input: Path = Path()  # a safetensors file with `input_ids`
     out: Path = Path()  # the safetensors file to write `logits` to

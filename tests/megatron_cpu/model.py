@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_transformer_block_with_experimental_attention_variant_spec,
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.megatron_cpu import Job, encoders
 from tests.megatron_cpu.families import FAMILIES, Config
+from tests.test_golden_megatron import by_expert, parts
 
 EMBEDDING = "embedding.word_embeddings.weight"
 FUSIONS = ("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion", "apply_rope_fusion")
@@ -161,6 +163,17 @@ def request(job: Job, stored: dict[str, Any], chunks: dict[str, Any]) -> dict[st
     return wanted
 
 
+def check_parts(job: Job, folder: Path, chunks: dict[str, Any]) -> None:
+    """This rank's tensors are parts of the checkpoint just as they are, each experts' one by one."""
+    found = parts(folder)
+    for state in request(job, dict(found), chunks).values():
+        apply_factories(state)
+        for tensor in (t for t in nested_values(state) if isinstance(t, ShardedTensor)):
+            sizes = (*[1] * tensor.prepend_axis_num, *tensor.local_shape)
+            for part in by_expert(tensor.key, tensor.global_offset, sizes):
+                assert part in found[tensor.key], f"{tensor.key} has no part {part}: {found[tensor.key]}"
+
+
 def forward(kind: str, chunks: dict[str, Any], input_ids: torch.Tensor) -> torch.Tensor | None:
     """Logits on the ranks of the last stage; elsewhere None. Hidden states travel by plain send and receive."""
     for chunk in chunks.values():
@@ -213,6 +226,8 @@ def work(job: Job, rank: int, store: str) -> None:
     else:
         stored: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
         chunks = build(job, hf, stored[EMBEDDING].size[0])
+        if job.parts:
+            check_parts(job, folder, chunks)
         own = dist_checkpointing.load(request(job, stored, chunks), str(folder), strict=job.strict)
     for name, chunk in chunks.items():
         default = {k: None for k in chunk.state_dict() if k.endswith("_extra_state")} if job.lenient else {}

@@ -25,8 +25,6 @@ from tests.mutants.specs import Mutant
 LIMIT = 60
 #: Round trips notice what cannot be bound or does not come back, which one does as well as another.
 ROUND_TRIPS = 10
-#: Cases of each other kind that a change is shown to of which it is not known that they have to do with it.
-OTHERS = 30
 
 
 class TooLong(Exception):
@@ -151,7 +149,7 @@ class Battery:
                     record(case, self.root)
                 if (
                     case.kind == "refusal"
-                    or case.name.endswith((" values", " words"))
+                    or case.name.endswith((" values", " words", " axes"))
                     or self.uses(case, affected, names)
                 ):
                     trips += case.kind == "round trip"
@@ -163,7 +161,7 @@ class Battery:
         yield from own
         for kind in dict.fromkeys(case.kind for case in others):  # of all families, not only of the first
             rest = [case for case in others if case.kind == kind and case not in own]
-            yield from rest[:: len(rest) // (ROUND_TRIPS if kind == "round trip" else OTHERS) + 1]
+            yield from rest[:: len(rest) // ROUND_TRIPS + 1 if kind == "round trip" else 1]
 
     def touched(self, case: Case, affected: set[tuple[str, str]]) -> bool:
         """Is a case about any of the specs that changed?"""

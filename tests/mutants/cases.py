@@ -27,6 +27,8 @@ from registry.source import load, read_config
 from tests import (
     test_configs,
     test_dcp,
+    test_encoding,
+    test_facts,
     test_families,
     test_golden_bridge,
     test_golden_megatron,
@@ -39,6 +41,7 @@ from tests import (
 from tests.conftest import HF_MODELS, _save_model
 from tests.families import DCP, FAMILIES, HF, LEGACY, MEGATRON, build
 from tests.goldens import golden
+from tests.mutants.format_cases import format_cases
 
 _ORDER = ["names", "config", "refusal", "golden", "core", "rearranged", "round trip"]
 
@@ -88,6 +91,7 @@ class Models:
 def cases(models: Models) -> list[Case]:
     """Every case, the fastest kind first."""
     found = [*_bindings(models), *_configs(), *_goldens(), *_core(models), *_computed(models), *_round_trips(models)]
+    found += [Case(*one) for one in format_cases(models)]
     return sorted(found, key=lambda case: _ORDER.index(case.kind))
 
 
@@ -96,12 +100,14 @@ def _bindings(models: Models) -> Iterator[Case]:
         yield Case(f"{name} values", "names", name, (HF,), partial(_ours, test_families.keeps_values, name))
         yield Case(f"{name} layers", "config", name, (MEGATRON, HF), partial(_ours, test_families.default_engine, name))
         yield Case(f"{name} words", "names", name, (HF,), partial(_ours, test_families.keeps_words, name))
+        yield Case(f"{name} axes", "names", name, (HF,), partial(_ours, test_families.says_what_it_uses, name))
     for name, family in FAMILIES.items():
         yield Case(f"{name} is claimed", "names", family.architecture, (HF,), partial(_claimed, models, name))
         yield Case(f"{name} config", "config", family.architecture, (HF,), partial(_config, models, name))
         asked = {
             "facts": (FAMILIES, test_families.says_what_is_there),
             "extras": (test_families.EXTRAS, test_families.leaves_out),
+            "also": (test_families.ALSO, test_families.reads_also),
             "without": (test_families.FURTHER, test_families.may_lack),
         }
         for what, (names, test) in asked.items():
@@ -118,8 +124,8 @@ def _claimed(models: Models, name: str, scratch: Path) -> None:
     registry.plan(models(name), to=HF)
 
 
-def _ours(test: Callable[[str], None], architecture: str, scratch: Path) -> None:
-    test(architecture)
+def _ours(test: Callable[[Any], None], asked: Any, scratch: Path) -> None:
+    test(asked)
 
 
 def _of_directory(test: Callable[[str, Path], None], models: Models, name: str, scratch: Path) -> None:
@@ -152,19 +158,31 @@ def _configs() -> Iterator[Case]:
     for name in said.KNOWN:
         asked = (
             said.test_every_field_of_the_class_is_read, said.test_every_fact_is_read_from_fields_that_there_are,
-            said.test_a_document_without_a_field_means_what_the_class_makes_of_it,
+            partial(said.test_a_document_without_a_field_means_what_the_class_makes_of_it, config={}),
         )  # fmt: skip
         yield case(f"{name} fields", name, partial(_defaults, name), *(partial(test, name) for test in asked))
+        if name in said.OTHERWISE:
+            yield case(
+                f"{name} otherwise", name, partial(said.test_other_names_mean_what_the_class_makes_of_them, name)
+            )
         if name in said.PER_LAYER_TYPE:
             both = said.test_both_spellings_of_rotary_embeddings_per_type_of_layer
             yield case(f"{name} rotary", name, *(partial(both, name, kind) for kind in said.ROPES))
     for name, rope, partials in (param.values for param in said.rotary()):
         both = said.test_both_spellings_of_rotary_embeddings_are_the_same_facts
         yield case(f"{name} rotary {rope['rope_type']}", name, partial(both, name, rope, partials))
-    for name, family in FAMILIES.items():
-        if family.architecture in said.KNOWN:
-            test = said.test_a_document_that_says_only_what_is_special
-            yield case(f"{name} special", family.architecture, partial(test, family.architecture, family.config))
+    for param in said.families():
+        own, config = param.values
+        tests = (
+            said.test_a_document_that_says_only_what_is_special,
+            said.test_a_document_without_a_field_means_what_the_class_makes_of_it,
+            said.test_a_config_that_is_written_is_one_that_the_class_reads,
+        )
+        if own in said.KNOWN:
+            yield case(f"{param.id} special", own, *(partial(test, own, config) for test in tests))
+    for param in said.windowed():
+        test = partial(said.test_a_config_that_is_written_is_one_that_the_class_reads, *param.values)
+        yield case(str(param.id), param.values[0], test)
     for name, document in said.RELEASED.items():
         test = said.test_a_released_config_says_all_and_loses_nothing
         yield case(f"{name} released", document["model_type"], partial(test, name))
@@ -205,6 +223,9 @@ def _goldens() -> Iterator[Case]:
         written, own = partial(trtllm.test_tensors_are_those_of_megatrons_exporter, exported), f"trtllm/_inputs/{made}"
         architecture = read_config(golden(own))["model_type"]
         yield Case(f"{exported} of Megatron's", "golden", architecture, ("trtllm", MEGATRON), written)
+    for export in trtllm.TRT:
+        run = partial(_ours, test_families.golden_facts, export)
+        yield Case(f"{export} facts", "golden", export.family, ("trtllm", HF), run)
     for export in trtllm.CASES:
         tests = [trtllm.test_tensors_are_those_of_the_real_converter, trtllm.test_golden_comes_back]
         tests += [trtllm.test_config_is_that_of_the_real_converter] if export in trtllm.TRT else []
@@ -220,6 +241,7 @@ def _experts(models: Models, tp: int, ep: int, scratch: Path) -> None:
 
 def _core(models: Models) -> Iterator[Case]:
     """What megatron-core loads and computes right with (tests/test_megatron_loads.py): the same has to be written."""
+    yield Case("mxfp4", "core", "gpt_oss", (MEGATRON, HF), test_encoding.test_experts_in_mxfp4_become_plain_ones)
     yield Case("a resumed run", "core", "llama", (DCP, HF), test_dcp.test_a_resumed_run_is_the_run_itself)
     yield Case("experts on two ranks", "core", "mixtral", ("trtllm", HF), partial(_experts, models, 2, 2))
     for case in test_megatron_loads.CASES:
@@ -256,10 +278,13 @@ class Core:
 
 
 def _names(folder: Path) -> list[str]:
-    """Every name in a `torch_dist` checkpoint: objects beside the tensors are asked for by it."""
+    """Every name in a checkpoint, for objects are asked for by it, and the parts that global tensors lie in."""
     if not (folder / ".metadata").exists():
-        return []
-    return sorted(FileSystemReader(folder).read_metadata().state_dict_metadata)
+        files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+        states = [torch.load(file, weights_only=False) for file in files]
+        return [name for state in states for key in sorted(state) if key.startswith("model") for name in state[key]]
+    names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return sorted([*names, *map(str, test_golden_megatron.parts(folder).items())])
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -291,7 +316,9 @@ def _round_trips(models: Models) -> Iterator[Case]:
 
 
 def _computed(models: Models) -> Iterator[Case]:
-    """What transformers computes with tensors that are rearranged, of every model, and of those that are switched."""
+    """What transformers computes, of what facts say and with tensors that are rearranged, and of models switched."""
+    for name in test_facts.MODELS:
+        yield _of_model(f"{name} computed", "rearranged", name, partial(_facts, models, name))
     for name in test_symmetries.MODELS:
         yield _of_model(f"{name} rearranged", "rearranged", name, partial(_rearranged, models, name))
     for name, switch in test_variants.every(test_variants.SWITCHES):
@@ -302,6 +329,10 @@ def _computed(models: Models) -> Iterator[Case]:
 
 def _of_model(title: str, kind: str, name: str, run: Callable[[Path], None]) -> Case:
     return Case(title, kind, FAMILIES[name].architecture, (HF,), run)
+
+
+def _facts(models: Models, name: str, scratch: Path) -> None:
+    test_facts.check(name, models(name))
 
 
 def _rearranged(models: Models, name: str, scratch: Path) -> None:

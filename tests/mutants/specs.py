@@ -52,8 +52,8 @@ def _all(kind: str, name: str, data: Data) -> Iterator[Mutant]:
     def made(what_kind: str, where: str, what: str, changed: Data, pattern: str = "", wide: bool = False) -> Mutant:
         return Mutant((kind, name), what_kind, where, what, changed, pattern or None, wide or not pattern)
 
-    ones = _ones(kind, data)
     for pattern, index, rule in _rules(data):
+        ones = _ones(kind, data, pattern)
         where = pattern if index is None else f"{pattern}.{index}"
         if isinstance(rule.get("layout"), str):
             before = parse(" ".join(rule["layout"].split()))
@@ -87,12 +87,17 @@ def _rules(data: Data) -> Iterator[tuple[str, int | None, Data]]:
                 yield pattern, index, {"layout": rule} if isinstance(rule, str) else dict(rule)
 
 
-def _ones(kind: str, data: Data) -> set[str]:
-    """The axes that have one index in every model of a spec and of those that extend it: they stand anywhere."""
-    axes, facts = data.get("axes") or {}, (data.get("config") or {}).get("facts") or {}
+def _ones(kind: str, data: Data, pattern: str) -> set[str]:
+    """The axes that have one index in every model that a rule of a spec is for: they stand anywhere.
+
+    Those of the specs that extend it too, but for what has the rule's name and is their own.
+    """
+    whole = catalog._load(kind, data["name"]).source()
+    axes, facts = whole.get("axes") or {}, (whole.get("config") or {}).get("facts") or {}
     found = {axis for axis, size in axes.items() if size == "1"}
     alike = isinstance(facts.get("kv_heads"), dict) and facts["kv_heads"].get("read") == facts.get("heads")
-    heirs = any(catalog._read_yaml(path).get("extends") == data["name"] for path in catalog._files(kind).values())
+    others = map(catalog._read_yaml, catalog._files(kind).values())
+    heirs = any(pattern not in (heir.get("tensors") or {}) for heir in others if heir.get("extends") == data["name"])
     return found | ({"rep"} if alike and not heirs and axes.get("rep") == "heads // kv_heads" else set())
 
 

@@ -54,6 +54,8 @@ def _begin(root: str) -> None:
     quiet()
     for kind in catalog.KINDS:
         _originals.update({(kind, name): catalog._read_yaml(path) for name, path in catalog._files(kind).items()})
+    for key in _originals:
+        catalog._load(*key)  # while nothing is registered that a spec could extend in another's place
     _battery[:] = [battery.Battery(cases.cases(cases.Models(Path(root))), Path(root))]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from registry import expressions
 from registry.config_rules import ConfigMap, FactMap
-from registry.errors import MappingError
+from registry.errors import MappingError, SpecError
 from registry.model import read_facts
 from registry.specs import ArchitectureSpec
 
@@ -96,17 +96,32 @@ def _flat(document: Mapping[str, Any], config: ConfigMap) -> Mapping[str, Any]:
     return {**document, **inner} if isinstance(inner, Mapping) else document
 
 
+def _fills(entry: FactMap, document: Mapping[str, Any]) -> bool:
+    """Does a fact's expression put something in the place of nulls, which are not how the spec spells it?"""
+    try:
+        value = entry.read and expressions.parse(entry.read)(document)
+        return value is not None and (value, None) not in entry.values
+    except SpecError:  # such as half of a null: said where the facts are read
+        return False
+
+
 def silent_facts(document: Mapping[str, Any], config: ConfigMap) -> list[str]:
-    """The facts that a document says nothing about and that have no default; `default: null` is one."""
+    """The facts that a document says nothing about and that have no default; `default: null` is one.
+
+    A null says something, none of it, but where an expression puts a value in its place: that is the class's to choose.
+    """
     flat = _flat(document, config)
-    return [
-        name
-        for name, entry in config.facts.items()
-        if not entry.loose
-        and "default" not in entry.model_fields_set
-        and (read := paths(entry))
-        and all(_lookup(flat, path) is _ABSENT for path in read)
-    ]
+
+    def silent(entry: FactMap) -> bool:
+        found = [_lookup(flat, path) for path in paths(entry)]
+        if all(value is _ABSENT for value in found):
+            return bool(found)
+        return all(value in (_ABSENT, None) for value in found) and _fills(entry, flat)
+
+    asked = {
+        n: entry for n, entry in config.facts.items() if not entry.loose and "default" not in entry.model_fields_set
+    }
+    return [name for name, entry in asked.items() if silent(entry)]
 
 
 def hub_facts(

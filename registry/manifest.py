@@ -100,9 +100,7 @@ def data_sums(root: Path, laid: Laid, slots: Sequence[Slot], plan: Plan, crcs: S
     return sums
 
 
-def tensor_sums(
-    laid: Laid, slots: Sequence[Slot], plan: Plan, crcs: Sequence[int]
-) -> list[list[TensorSum]]:
+def tensor_sums(laid: Laid, slots: Sequence[Slot], plan: Plan, crcs: Sequence[int]) -> list[list[TensorSum]]:
     """The sums of what each data file holds, in order."""
     holds: dict[int, dict[str, None]] = {}
     for copies in plan.copies:

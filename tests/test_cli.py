@@ -283,8 +283,14 @@ def test_the_flags_of_convert(run, called):
         (
             ("a", "b"),
             {
-                **wanted(), **READ, "ranks": [0, 3], "overwrite": True, "threads": 3, "durable": False,
-                "progress": None, "engine": "ray",
+                **wanted(),
+                **READ,
+                "ranks": [0, 3],
+                "overwrite": True,
+                "threads": 3,
+                "durable": False,
+                "progress": None,
+                "engine": "ray",
             },
         ),
     ]

@@ -199,6 +199,22 @@ def test_a_document_without_a_field_means_what_the_class_makes_of_it(name: str, 
     assert asked > len(whole) // 2
 
 
+#: (class, field) of nulls that no release says and that stand for values of the class.
+NULLS = {("exaone4", "layer_types"), ("gpt_oss", "rope_parameters")}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_null_means_what_the_class_makes_of_it(name: str) -> None:
+    spec, whole = catalog.architecture(name), of_class(name)
+    for field in whole:
+        document = {**whole, field: None}
+        try:
+            meant = of_class(name, **document)
+        except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError):
+            continue
+        assert (facts(document, spec) == said(meant, spec)) == ((name, field) not in NULLS), field
+
+
 @pytest.mark.parametrize(("name", "config"), list(families()))
 def test_a_document_that_says_only_what_is_special(name: str, config: Document) -> None:
     spec = catalog.architecture(name)

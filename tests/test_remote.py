@@ -362,9 +362,7 @@ def test_a_truncated_source(s3: Proxy, hf_model: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("what", ["no bucket", "forbidden", "down"])
-def test_a_place_that_cannot_be_used(
-    what: str, s3: Proxy, wide: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_place_that_cannot_be_used(what: str, s3: Proxy, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = "absent" if what == "no bucket" else "bucket"
     if what == "forbidden":
         s3.fault = lambda method, path: 403

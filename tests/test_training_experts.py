@@ -36,7 +36,7 @@ def test_every_layout_to_others(whole_experts: Path, tmp_path: Path) -> None:
         Job("load", world, {**given, "path": job.given["path"], "layout": layout, "kind": kind})
         for n, job in enumerate(saves)
         for m, (layout, world, kind) in enumerate(PLACES)
-        if (m - n) % len(PLACES) in (0, 3)  # its own layout and another
+        if (m - n) % len(PLACES) == 3  # another one; its own is what a resumed run loads
     ]
     found = run([*saves, *loads])
     for outcome in found[: len(saves)]:

@@ -30,7 +30,7 @@ def test_every_layout_to_others(whole: Path, tmp_path: Path) -> None:
         Job("load", world(layout), {"path": job.given["path"], "whole": whole, "layout": layout})
         for n, job in enumerate(saves)
         for m, layout in enumerate(LAYOUTS)
-        if (n + m) % 2 == 0  # half of the pairs
+        if (n + m) % 3 == 0  # a third of the pairs: two of each save, every layout with several
     ]
     found = run([*saves, *loads], timeout=60)
     for job, outcome in zip(saves, found, strict=False):

@@ -172,9 +172,7 @@ class _Reader:
                 raise _Unfit(f"{piece.name}: expected the shape {expected}, found {piece.shape}")
         shape = tuple(sizes[d] for d in ("expert", "out", "in") if d in sizes)
         path = self.opened_files[weight.file]
-        return Restored(
-            path if is_path(path) else path.path, self._dtype, shape, scheme, formula, parts, group
-        )
+        return Restored(path if is_path(path) else path.path, self._dtype, shape, scheme, formula, parts, group)
 
 
 class _Unfit(ValueError):

@@ -37,7 +37,7 @@ def aside(checkpoint: Path) -> Path:
 
 
 def discard(checkpoint: Path, *, durable: bool) -> None:
-    """Remove a checkpoint so that half of it is never seen. 
+    """Remove a checkpoint so that half of it is never seen.
 
     Raises OSError, AnotherRunError where a run writes it, and TargetError where the removal may not be durable.
     """

@@ -49,9 +49,7 @@ DOCUMENTS: dict[str, tuple[bytes, str]] = {
 for reader, read in READERS.items():
     for name, (data, says) in DOCUMENTS.items():
 
-        def document(
-            folder: Path, data: bytes = data, read: Callable[[Path], object] = read
-        ) -> Callable[[], object]:
+        def document(folder: Path, data: bytes = data, read: Callable[[Path], object] = read) -> Callable[[], object]:
             path = written(folder / "hostile.json", data)
             return lambda: read(path)
 

@@ -35,7 +35,6 @@ for field in FIELDS:
         attack(MappingError)(size)
 
 
-
 @attack(DetectionError, "source", "no known architecture fits", "and ", " more")
 def a_long_text_that_every_architecture_complains_of(folder: Path) -> Callable[[], object]:
     config = {k: v for k, v in CONFIG.items() if k not in ("model_type", "architectures")}

@@ -158,6 +158,7 @@ def _configs() -> Iterator[Case]:
     for name in said.KNOWN:
         asked = (
             said.test_every_field_of_the_class_is_read, said.test_every_fact_is_read_from_fields_that_there_are,
+            said.test_a_null_means_what_the_class_makes_of_it,
             partial(said.test_a_document_without_a_field_means_what_the_class_makes_of_it, config={}),
         )  # fmt: skip
         yield case(f"{name} fields", name, partial(_defaults, name), *(partial(test, name) for test in asked))

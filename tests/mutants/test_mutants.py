@@ -18,7 +18,6 @@ CHOSEN = [
     ("llama", "exchange names", "model.layers.{layer}.mlp.gate_proj.weight"),
     ("llama", "drop a rule", "model.norm.weight"),
     ("qwen3_moe", "drop a condition", "model.layers.{layer}.mlp.gate_proj.weight"),
-    ("megatron", "change the sharded axis", "decoder.layers.{layer@pp}.mlp.linear_fc2.weight"),
     ("trtllm", "swap two parts of a sum", "transformer.layers.{layer@pp}.attention.qkv.weight"),
     ("llama", "alter a scale", "lm_head.weight"),
 ]
@@ -46,5 +45,6 @@ def test_damaged_goldens_are_found() -> None:
 
 def test_every_excused_mutant_is_one() -> None:
     """What equivalent.yaml lists is made still: a spec that changed has other mutants."""
-    made = [str(mutant) for mutant in all_mutants()]
+    specs = {pattern.pattern.partition("\\ ")[0] for pattern in known()}
+    made = [str(mutant) for mutant in all_mutants(sorted(specs))]
     assert [pattern.pattern for pattern in known() if not any(pattern.fullmatch(mutant) for mutant in made)] == []

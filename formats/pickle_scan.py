@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickletools
 import re
+import sys
 from functools import lru_cache
 
 from registry.errors import CheckpointError, UnsafePickleError
@@ -41,6 +42,11 @@ _BYTES_EACH = 8
 _NAMES = {opcode.code.encode("latin1")[0]: opcode.name for opcode in pickletools.opcodes}
 
 
+#: Before Python 3.11.5 possessive repeats of what has alternatives may end in the middle of one.
+POSSESSIVE = sys.version_info >= (3, 11, 5)
+_MANY = b"++" if POSSESSIVE else b"{1,4096}"
+
+
 @lru_cache(maxsize=64)
 def _stretch(top: int) -> re.Pattern[bytes]:
     """Opcodes of fixed length. A memo index must be below `top + 1` times 64 Ki."""
@@ -50,7 +56,7 @@ def _stretch(top: int) -> re.Pattern[bytes]:
     if high:
         bounds.append(b".[\\x00-\\x%02x]" % (high - 1))
     parts.append(b"r..(?:" + b"|".join(bounds) + b")")
-    return re.compile(b"(?:" + b"|".join(parts) + b")++", re.DOTALL)
+    return re.compile(b"(?:" + b"|".join(parts) + b")" + _MANY, re.DOTALL)
 
 
 def check_opcodes(data: bytes, where: str) -> int:
@@ -84,7 +90,7 @@ def check_opcodes(data: bytes, where: str) -> int:
             at += 9
         elif code == 0x2E:  # STOP
             return _check_amount(b"".join(skeleton), len(data), where)
-        else:
+        elif not found:  # else it may be what a stretch goes on with
             _refuse(data, at, where)
     raise CheckpointError("a pickle is cut short", where=where, expected="a STOP opcode", found=f"{len(data)} bytes")
 
@@ -115,7 +121,7 @@ def _check_amount(skeleton: bytes, size: int, where: str) -> int:
         raise CheckpointError(
             "a pickle of too many objects", where=where, expected=f"at most {allowed} in {size} bytes", found=made
         )
-    return sum(1 for found in _TO_TUPLE.finditer(skeleton) if found[1])
+    return sum(1 for found in _TO_TUPLE.finditer(skeleton) if found[1]) if POSSESSIVE else made
 
 
 def _refuse(data: bytes, at: int, where: str) -> None:

@@ -352,9 +352,7 @@ def _module_states(paths: Mapping[Rank, Path]) -> dict[Rank | None, dict[str, di
 def _read_model(
     path: Path, state: Mapping[str, Any], file: int, rank: Rank, pieces: list[Piece], entries: list[str]
 ) -> None:
-    chunks = {
-        int(match[1] or 0): model for key, model in state.items() if (match := _MODEL.fullmatch(str(key)))
-    }
+    chunks = {int(match[1] or 0): model for key, model in state.items() if (match := _MODEL.fullmatch(str(key)))}
     if not chunks:
         raise CheckpointError(
             "the file holds no model", where=path, expected="a key `model` or `model0`",

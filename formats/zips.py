@@ -51,9 +51,7 @@ class Source:
             try:
                 part = self.reader.pread(size, self.base + offset)
             except OSError as error:
-                raise CheckpointError(
-                    f"cannot read {what}", where=self.where, found=error.strerror or error
-                ) from error
+                raise CheckpointError(f"cannot read {what}", where=self.where, found=error.strerror or error) from error
             if not part:
                 self.corrupt(f"the file ends within {what}", f"{size} more bytes at {offset}", "the end of the file")
             parts.append(part)
@@ -66,18 +64,14 @@ class Source:
         try:
             self.reader.want([(self.base + offset, size) for offset, size in spans])
         except OSError as error:
-            raise CheckpointError(
-                "a file cannot be read", where=self.where, found=error.strerror or error
-            ) from error
+            raise CheckpointError("a file cannot be read", where=self.where, found=error.strerror or error) from error
 
     def corrupt(self, problem: str, expected: object = None, found: object = None) -> NoReturn:
         raise CheckpointError(problem, where=self.where, expected=expected, found=found, hint=_AGAIN)
 
 
 @contextmanager
-def open_source(
-    file: Reader | str | os.PathLike[str], base: int, length: int | None, where: str
-) -> Iterator[Source]:
+def open_source(file: Reader | str | os.PathLike[str], base: int, length: int | None, where: str) -> Iterator[Source]:
     """The stretch of `file` (a path or a reader) from `base` on; `length` None: to its end."""
     given = not isinstance(file, str | os.PathLike)
     try:

@@ -51,6 +51,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except SystemExit:
         _write(sys.stdout, "")  # So that `registry --help | true` ends quietly too.
         raise
+    except BrokenPipeError as gone:  # The argparse of Python before 3.11.4 does not see to it.
+        _write(sys.stdout, "")
+        raise SystemExit(0) from gone
 
 
 def _complain(error: RegistryError, as_json: bool) -> None:

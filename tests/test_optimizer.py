@@ -477,7 +477,7 @@ def flattened(tmp_path_factory: pytest.TempPathFactory) -> Path:
     same one on 0.16.1, which saves it as fully_reshardable."""
     folder = tmp_path_factory.mktemp("flattened")
     with tarfile.open(Path(__file__).parent / "golden/fully_sharded_model_space.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
     return folder
 
 

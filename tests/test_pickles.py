@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import enum
 import io
 import os
 import pathlib
@@ -23,7 +24,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from formats import pickles
+from formats import pickle_scan, pickles
 from formats.pickle_nodes import Kind, Record
 from formats.pickles import Call, Global, InertDict, Persistent, Size, attr, attributes, dumps, loads
 from registry.errors import CheckpointError, UnsafePickleError
@@ -121,6 +122,52 @@ def test_nodes_built_by_hand_are_real_objects_to_the_real_unpickler() -> None:
     args = Global("argparse", "Namespace").new(state={"dtype": Global("torch", "float16")})
     assert pickle.loads(dumps(args)) == argparse.Namespace(dtype=torch.float16)
     assert pickle.loads(dumps(Global("signal", "Signals")(15))) is signal.SIGTERM
+
+
+class _Early(pickle.Pickler):
+    """Spells members of enums as Python 3.11.0 to 3.11.3 does (its Lib/enum.py), signals by a name of their module."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, signal.Signals):
+            return obj.name
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, enum.Enum) else NotImplemented
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_members_of_enums_by_name(protocol: int) -> None:
+    given = (metadata.TensorProperties(torch.float16), argparse.Namespace(exit_signal=signal.SIGTERM))
+    pickled = io.BytesIO()
+    _Early(pickled, protocol).dump(given)
+    read = loads(pickled.getvalue(), where="test")
+    assert attr(read[0], "dtype") is Global("torch", "float16")
+    assert pickle.loads(dumps(read, protocol=protocol)) == given
+
+
+def test_scans_without_possessive_repeats_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Python before 3.11.5 are not to be relied on."""
+    whole = pickle.dumps([PLAIN, {(i, (i,)): [i] * 5 for i in range(9000)}], 2)
+    cases = [
+        whole,
+        pickle.dumps(PLAIN, 4),
+        *(whole[:cut] for cut in range(1, len(whole), 997)),
+        whole[:500] + b"r" * 99,
+    ]
+
+    def found(data: bytes) -> str | bool:
+        try:
+            return pickle_scan.check_opcodes(data, "test") > 0
+        except (CheckpointError, UnsafePickleError) as error:
+            return str(error)
+
+    expected = [found(data) for data in cases]
+    monkeypatch.setattr(pickle_scan, "POSSESSIVE", False)
+    monkeypatch.setattr(pickle_scan, "_MANY", b"{1,4096}")
+    pickle_scan._stretch.cache_clear()
+    try:
+        for data, before in zip(cases, expected, strict=True):
+            assert found(data) >= before if isinstance(before, bool) else found(data) == before
+    finally:
+        pickle_scan._stretch.cache_clear()
 
 
 def test_nodes_serve_as_keys() -> None:
@@ -335,6 +382,16 @@ def test_a_global_outside_the_list_is_refused_by_name(name: str) -> None:
         loads(UNSAFE[name], where="dir/evil.pt")
     text = str(caught.value)
     assert "dir/evil.pt" in text and name.replace("os.", "posix.") in text and "to do:" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), (torch.Size,), ("", "join"), (argparse.Namespace, "__subclasses__"), (argparse.Namespace, "a.b"),
+     (_Reduce(getattr, (argparse.Namespace, "a")), "b"), (argparse.Namespace, "a", None)],
+)  # fmt: skip
+def test_nothing_else_is_looked_up_in_anything(arguments: tuple[object, ...]) -> None:
+    with pytest.raises(UnsafePickleError, match=r"builtins\.getattr"):
+        loads(pickle.dumps(_Reduce(getattr, arguments), 4), where="test")
 
 
 def test_nothing_is_imported() -> None:

@@ -56,7 +56,7 @@ lint: $(READY)
 types: $(READY)
 	$(RUN) -m mypy registry formats
 
-# Every benchmark, its results in benchmarks/results/, and the plots: a quarter of an hour on a quiet machine.
+# Every benchmark, its results in benchmarks/results/, and the plots: half an hour on a quiet machine.
 # BENCH_ARGS="bench use" runs those alone. mergekit is left out where it is not installed; the plots need matplotlib.
 bench: $(READY)
 	-$(RUN) -m pip install -q $(PIP_ARGS) -c constraints.txt matplotlib mergekit

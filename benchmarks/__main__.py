@@ -1,6 +1,6 @@
 """`python -m benchmarks`: every benchmark once, with its results in benchmarks/results/ and the plots made of them.
 
-Takes about a quarter of an hour on a quiet machine of two processors; names of benchmarks run those alone.
+Takes about half an hour on a quiet machine of two processors; names of benchmarks run those alone.
 """
 
 from __future__ import annotations

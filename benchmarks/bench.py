@@ -83,7 +83,7 @@ DIRECTIONS = [
     Direction("transpose-hf", "transpose-megatron", "huggingface"),
     Direction("cast-fp16-trtllm", "llama", "trtllm", {"tp": 2}, "float16"),
     Direction("cast-transpose", "gpt2", "trtllm", {"tp": 2}, "float16"),
-    Direction("dequantise", "fp8", "huggingface"),
+    Direction("dequantise", "fp8", "huggingface", dtype="bfloat16"),
 ]
 
 
@@ -142,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, and print a table."""
     names = ", ".join(direction.name for direction in DIRECTIONS)
     parser = measure.options(__doc__, "bench")
-    parser.add_argument("--size", type=measure.size, default="2.2GB", help="bytes of the Llama (default 2.2GB)")
+    parser.add_argument("--size", type=measure.size, default="4.4GB", help="bytes of the Llama (default 4.4GB)")
     parser.add_argument("--only", action="append", help=f"plan, start, or one of {names}")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of each direction")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs of runs of each direction")
     parser.add_argument("--durable", choices=["no", "yes", "both"], default="no", help="with syncing, or without")
     chosen = parser.parse_args(argv)
     modes = {"no": [False], "yes": [True], "both": [False, True]}[chosen.durable]

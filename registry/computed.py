@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 
 #: Values that are made at a time: what is needed for them stays in the cache.
-_STEP = 1 << 18
+_STEP = 1 << 19
 #: Values that are made before they are copied to their places; what does not fit is cut.
 _WINDOW = 1 << 20
 

@@ -56,7 +56,7 @@ class Store:
         return redacted(self.url).rstrip("/") + key[len(self.root) :]
 
     def kind(self, key: str) -> str | None:
-        """ "directory", "file", or None for what is not there."""
+        """One of "directory" and "file"; None for what is not there."""
         if key == self.root or not key.startswith(f"{self.root}/"):
             found = self.children(key)
             return "directory" if found else None

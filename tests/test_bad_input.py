@@ -361,9 +361,9 @@ def no_index(path: Path) -> None:
     (path / "model.safetensors.index.json").unlink()
 
 
-@damaged("single", CheckpointError, "pytorch_model.bin", "safetensors")
-def pickled_weights_alone(path: Path) -> None:
-    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+@damaged("single", CheckpointError, "pytorch_model.bin", "no state dict")
+def pickled_weights_of_a_run(path: Path) -> None:
+    torch.save({"model": load_file(path / "model.safetensors")}, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
 
 

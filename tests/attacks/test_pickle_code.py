@@ -112,7 +112,7 @@ def a_storage_in_the_state_of_a_module(folder: Path) -> Callable[[], object]:
     return lambda: extra_state.scales(data, Path("state of a module"))
 
 
-@attack(CheckpointError, "pickled", "pytorch_model.bin")
+@attack(UnsafePickleError, "pytorch_model.bin", "posix.system")
 def a_bin_file(folder: Path) -> Callable[[], object]:
     written(folder / "pytorch_model.bin", archive(hostile(folder)))
     written(folder / "config.json", '{"model_type": "llama"}')

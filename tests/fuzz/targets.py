@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file, save_file
 
 import registry
@@ -194,6 +195,13 @@ def _tiny(folder: Path) -> Path:
     return folder
 
 
+def _pickled(folder: Path) -> Path:
+    made = _tiny(folder)
+    torch.save(load_file(made / "model.safetensors"), made / "pytorch_model.bin")
+    (made / "model.safetensors").unlink()
+    return made
+
+
 def _converted(to: str, **arguments: object) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         registry.convert(_tiny(folder / "tiny"), folder / to, to=to, durable=False, **arguments)  # type: ignore[arg-type]
@@ -267,6 +275,7 @@ TARGETS: dict[str, Target] = {
     "format spec": Target("text", _yaml("format", "huggingface trtllm")),
     "hf config": Target("json", _within(_tiny, "config.json", understand=True)),
     "hf weights": Target("safetensors", _within(_tiny, "model.safetensors")),
+    "hf pickled weights": Target("zip", _within(_pickled, "pytorch_model.bin")),
     "hf index": Target("json", _within(_converted("huggingface", options={"shard_size": "200KB"}), "*.index.json")),
     "torch_dist .metadata": Target("pickle", _within(_converted("megatron"), ".metadata")),
     "torch_dist common.pt": Target("zip", _within(_golden(f"{LLAMA}/tp1pp1_optim"), "common.pt")),

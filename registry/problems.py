@@ -18,7 +18,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def collapse(names: Sequence[str], limit: int = 20) -> list[str]:
     """Names with their indices grouped: `layers.{0..31}.q_proj`. At most `limit` lines, then a count."""
     grouped: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for name in names:
+    for name in (name.replace("\0", "\\0") for name in names):  # which stands for an index here
         grouped[_INDEX.sub("\0", name)].append(tuple(map(int, _INDEX.findall(name))))
     lines = [line for key, indices in grouped.items() for line in _lines(key, sorted(set(indices)))]
     return lines if len(lines) <= limit else [*lines[:limit], f"and {len(lines) - limit} more"]

@@ -14,6 +14,7 @@ import pytest
 import registry
 from registry import errors
 from registry.colours import coloured, wanted
+from registry.problems import collapse
 
 ROOT = Path(registry.__file__).parent.parent
 CLASSES = {
@@ -99,3 +100,9 @@ def test_colours_change_no_word() -> None:
     for code in ("\033[1m", "\033[1;31m", "\033[1;32m", "\033[33m", "\033[0m"):
         shown = shown.replace(code, "")
     assert shown == text
+
+
+def test_names_are_grouped_by_their_indices_whatever_they_hold() -> None:
+    names = ["a.0.w", "a.1.w", "a.3.w", "b", "\0", "c.\0.w", "c.1.w"]
+    assert collapse(names) == ["a.{0..1,3}.w", "b", r"\0", r"c.\0.w", "c.1.w"]
+    assert collapse(names, 2) == ["a.{0..1,3}.w", "b", "and 3 more"]
